@@ -1,0 +1,64 @@
+"""Values: frozen dataclasses that check themselves, print themselves, and can be read back from what they print.
+
+Methods, schedules, problems and clusters are all values. Their ``repr`` is Python that rebuilds them; `parse` reads it
+back without ever running code, so that a trace from somebody else can be opened safely.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+
+def refuse(owner: object, field: str, value: object, cure: str) -> NoReturn:
+    """Raise a ``ValueError`` that names the class, the field, the value and the cure."""
+    raise ValueError(f"{type(owner).__name__}.{field} = {value!r}: {cure}")
+
+
+def require(owner: object, field: str, ok: bool, cure: str) -> None:
+    """`refuse` the field's present value unless ``ok``; write ``ok`` so that it is False for nan."""
+    if not ok:
+        refuse(owner, field, getattr(owner, field), cure)
+
+
+def unknown(what: str, name: str, known: Mapping[str, object] | list[str]) -> str:
+    """The message for a name that nobody knows, with the nearest known names first."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"unknown {what} {name!r}: {hint}known are {', '.join(sorted(known))}"
+
+
+def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> Any:
+    """The value that ``text`` (a ``repr``) describes: literals and calls of the constructors in ``names``, nothing else.
+
+    Raises ``ValueError`` with the offending part for anything that is neither.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"cannot read the value {text!r}: {error.msg}") from None
+    return _build(tree.body, text, names)
+
+
+def _build(node: ast.expr, text: str, names: Mapping[str, Callable[..., Any]]) -> Any:
+    if isinstance(node, ast.Call):
+        if not isinstance(node.func, ast.Name) or any(k.arg is None for k in node.keywords):
+            raise ValueError(f"cannot read {ast.unparse(node)!r} in {text!r}: only plain constructor calls are allowed")
+        if node.func.id not in names:
+            raise ValueError(unknown("constructor", node.func.id, dict(names)))
+        args = [_build(a, text, names) for a in node.args]
+        return names[node.func.id](*args, **{str(k.arg): _build(k.value, text, names) for k in node.keywords})
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):  # 0.1 * Warmup(500)
+        return _build(node.left, text, names) * _build(node.right, text, names)
+    if isinstance(node, ast.Tuple):
+        return tuple(_build(e, text, names) for e in node.elts)
+    if isinstance(node, ast.Name) and node.id in ("inf", "nan"):  # how Python prints these two floats
+        return float(node.id)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Name):
+        return -_build(node.operand, text, names)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"cannot read {ast.unparse(node)!r} in {text!r}: it is no literal and no known value") from None

@@ -1,0 +1,1 @@
+"""Engines: each answers the protocol's requests in its own way."""

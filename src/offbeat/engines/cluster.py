@@ -1,0 +1,58 @@
+"""A cluster as a value: how many workers, how fast, and who comes and goes when."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..core.values import refuse, require
+from .speed import Gamma, Speed
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Something that happens to the set of workers at a given time."""
+
+    worker: int
+    """Which worker: 0, 1, 2, ..."""
+    at: float
+    """When, in virtual seconds from the start, at least 0."""
+
+    def __post_init__(self) -> None:
+        require(self, "worker", self.worker >= 0, "workers are 0, 1, 2, ...")
+        require(self, "at", 0 <= self.at < math.inf, "must be a finite time in seconds, at least 0")
+
+
+class Join(Membership):
+    """A new worker comes, or one that left or crashed comes back with no memory of before."""
+
+
+class Leave(Membership):
+    """A worker finishes the gradient it is at, delivers it, and goes."""
+
+
+class Crash(Membership):
+    """A worker is gone at once; the gradient it was at is lost."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What runs the method. Communication costs nothing yet; computing costs what ``speed`` says."""
+
+    workers: int = 8
+    """Workers at the start, at least 1; their names are 0 to workers - 1."""
+    speed: Speed = Gamma()
+    """Seconds per gradient."""
+    events: tuple[Membership, ...] = ()
+    """Who joins, leaves or crashes when."""
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.workers, int) and not isinstance(self.workers, bool)
+        require(self, "workers", whole and self.workers >= 1, "must be a whole number, at least 1")
+        require(self, "speed", isinstance(self.speed, Speed), "must be a Speed such as Gamma(mean=1.0, cv=0.1)")
+        present = set(range(self.workers))
+        for event in sorted(self.events, key=lambda e: e.at):
+            if isinstance(event, Join) == (event.worker in present):
+                state = "is there" if event.worker in present else "is not there"
+                refuse(self, "events", event, f"worker {event.worker} {state} at {event.at} s; correct the worker or the time")
+            present ^= {event.worker}

@@ -1,0 +1,41 @@
+"""ASGD: every gradient moves the master as it arrives.
+
+    on gradient g from worker i:
+        v     <- momentum v + g
+        theta <- theta - eta v
+        send theta to i
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.master import Master, Number
+
+
+@dataclass(frozen=True)
+class ASGD(Master):
+    """Asynchronous SGD at a parameter server: a gradient is applied as it arrives, however stale.
+
+    Dean et al. Large Scale Distributed Deep Networks. NIPS 2012.
+    Differences from the paper: no Adagrad at the server; one gradient per visit (`Downpour` has longer periods); an
+    optional heavy-ball momentum shared by all workers, which `GapAware` builds on.
+    Weight decay acts at the master's point. Nothing is kept for a worker, so workers come and go without a trace.
+    """
+
+    momentum: float = 0.0
+    """Heavy-ball momentum (gamma) at the master, in [0, 1)."""
+
+    def begin(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)  # v [d]
+
+    def move(self, x: Tensor, shared: Tensor, mine: Any, d: Tensor, lr: Number) -> tuple[Tensor, Tensor, Any]:
+        v = self.momentum * shared + d
+        return x - lr * v, v, mine
+
+    def velocity(self, shared: Tensor, mine: Any, g: Tensor) -> Tensor:
+        return shared if self.momentum else g

@@ -1,0 +1,122 @@
+"""Gap-Aware: a gradient counts less by how far the parameters have moved since they were sent, in average steps.
+
+    R <- G R + (1 - G) v^2;   k <- k + 1
+    C  = eta_max (sqrt(R / (1 - G^k)) + eps)          how far a parameter travels in one step
+    P  = 1 + |theta - w_i| / C                        elementwise
+    d  = (g + wd theta) / P                           then the mover goes on with d
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.descent import count
+from ..core.master import Correction, Stale
+from ..core.schedule import Rate
+from ..core.values import require
+from .asgd import ASGD
+from .async_adam import AsyncAdam
+from .dana import DanaZero
+
+
+class Travel(NamedTuple):
+    square: Tensor  # running mean of squared steps (R) [d]
+    updates: Tensor  # how many entered it (k), 0-dim
+    largest: Tensor  # largest rate seen so far (eta_max), 0-dim
+
+
+@dataclass(frozen=True)
+class GapPenalty(Correction):
+    """Divide gradient and weight decay by 1 + gap / C, elementwise, C in steps *without* rate, times the largest rate.
+
+    Barkai, Hakimi, Schuster. Gap-Aware Mitigation of Gradient Staleness. ICLR 2020. arXiv:1909.10802.
+    R is one vector for all workers, fed at each visit with the velocity of the visitor before the visit (its own
+    momentum where it has one, the gradient where the mover keeps no momentum). P is 1 wherever nothing has moved yet.
+    """
+
+    compares = True
+    decay: float = 0.999
+    """Decay of the running mean of squared steps (G), in [0, 1)."""
+    eps: float = 1e-8
+    """Added to the root, above 0."""
+
+    def __post_init__(self) -> None:
+        require(self, "decay", 0 <= self.decay < 1, "must be in [0, 1)")
+        require(self, "eps", self.eps > 0, "must be above 0")
+
+    def begin(self, x: Tensor) -> Travel:
+        return Travel(torch.zeros_like(x), count(x), count(x))
+
+    def travel(self, t: Travel, stale: Stale) -> tuple[Travel, Tensor]:
+        """The memory after this visit, and how far each parameter is expected to move in one update (C). [d]"""
+        v = stale.velocity()
+        t = Travel(self.decay * t.square + (1 - self.decay) * v * v, t.updates + 1, t.largest.clamp(min=stale.lr))
+        return t, t.largest * ((t.square / (1 - self.decay**t.updates)).sqrt() + self.eps)
+
+    def correct(self, memory: Travel, mine: tuple[()], stale: Stale) -> tuple[Tensor, Travel, tuple[()]]:
+        memory, step = self.travel(memory, stale)
+        gap = (stale.x - stale.sent).abs()
+        penalty = torch.where(memory.square > 0, 1 + gap / step, 1.0)  # at the first steps C is 0 and means nothing
+        return (stale.g + stale.decay) / penalty, memory, mine
+
+
+@dataclass(frozen=True)
+class AppliedGapPenalty(GapPenalty):
+    """The Adam form: C is the root of the running mean of squared *applied* steps, rate included, no bias correction.
+
+    Barkai, Hakimi, Schuster. ICLR 2020. arXiv:1909.10802; as their group's later pipeline code does it for Adam.
+    """
+
+    def travel(self, t: Travel, stale: Stale) -> tuple[Travel, Tensor]:
+        applied = t.largest * stale.velocity()  # `largest` holds the rate of the visit before, which made this step
+        square = self.decay * t.square + (1 - self.decay) * applied * applied
+        return Travel(square, t.updates + 1, torch.zeros_like(t.largest) + stale.lr), square.sqrt() + self.eps
+
+
+@dataclass(frozen=True)
+class GapAware(ASGD):
+    """Gap-Aware on ASGD with momentum at the master.
+
+    Barkai, Hakimi, Schuster. Gap-Aware Mitigation of Gradient Staleness. ICLR 2020. arXiv:1909.10802.
+    Differences from the paper: its text was not at hand; the form follows the authors' later public code (parameter-wise
+    penalty, largest rate so far, weight decay penalised too), and its skipped first update is generalised to P = 1
+    wherever no step has been seen yet. With a warm-up the largest rate still grows, so P is larger early.
+    Evaluation uses theta. A copy of what was sent is kept for each worker; a worker that goes takes only that with it.
+    """
+
+    momentum: float = 0.9
+    """Heavy-ball momentum (gamma) at the master, in [0, 1)."""
+    correction: Correction = GapPenalty()
+    """How a stale gradient is corrected before the master moves."""
+
+
+@dataclass(frozen=True)
+class GapAwareAdam(AsyncAdam):
+    """Gap-Aware before Adam at the master, the penalty in units of Adam's applied steps.
+
+    Barkai, Hakimi, Schuster. Gap-Aware Mitigation of Gradient Staleness. ICLR 2020. arXiv:1909.10802.
+    Differences from the paper: its Adam variant was not at hand; the form follows the authors' later public code. The
+    penalty comes before Adam's normalisation and shrinks the second moment too, so part of its effect cancels.
+    Weight decay is penalised too, evaluation uses theta. A copy of what was sent is kept for each worker.
+    """
+
+    correction: Correction = AppliedGapPenalty()
+    """How a stale gradient is corrected before the master moves."""
+
+
+@dataclass(frozen=True)
+class DanaGA(DanaZero):
+    """DANA-Zero with the Gap-Aware penalty on each gradient: the most robust of its family.
+
+    Barkai, Hakimi, Schuster. Gap-Aware Mitigation of Gradient Staleness. ICLR 2020. arXiv:1909.10802.
+    Differences from the paper: the combination's equations were not at hand. The gap is measured from the master theta
+    to the look-ahead that was sent, so with one worker it is eta gamma |v| and not 0: DANA-GA with one worker is not NAG.
+    R is fed with the momentum v_i of the visitor. Weight decay acts at theta and is penalised, evaluation uses theta.
+    """
+
+    correction: Correction = GapPenalty()
+    """How a stale gradient is corrected before the master moves."""

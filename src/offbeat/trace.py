@@ -1,0 +1,154 @@
+"""The record of a run: a header that reproduces it, one event for each gradient, and what happened to the workers.
+
+On disk a trace is JSON lines: the header, then events and incidents as they occurred.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+FORMAT = "offbeat trace 1"
+
+
+class Event(NamedTuple):
+    """One gradient at the moment it took effect."""
+
+    seconds: float  # virtual (or real) seconds since the start
+    worker: int
+    step: int  # this worker's gradients before this one
+    lag: int  # updates of the master between what the worker read and now
+    gap: float  # RMSE between the master's point and the point the gradient was taken at
+    normalised_gap: float  # mean over parameters of |master - point| / root-mean-square update of that parameter
+    loss: float  # minibatch loss at that point
+    extra: dict[str, float]  # the method's own figures
+
+
+class Incident(NamedTuple):
+    """Something that happened to a worker."""
+
+    seconds: float
+    worker: int
+    what: str  # joined, left, crashed, diverged
+    lost: int = 0  # gradients that were lost by it
+
+
+class Evaluation(NamedTuple):
+    """The problem's figures for the model that would have been shipped then."""
+
+    seconds: float
+    gradients: int
+    figures: dict[str, float]
+
+
+_COLUMNS = {"seconds": "d", "worker": "q", "step": "q", "lag": "q", "gap": "d", "normalised_gap": "d", "loss": "d"}
+
+
+class Trace(Sequence[Event]):
+    """A sequence of events; ``trace.column("loss")`` is one quantity of all of them as a tensor."""
+
+    def __init__(self, header: dict[str, Any] | None = None) -> None:
+        self.header: dict[str, Any] = header or {}
+        self.incidents: list[Incident] = []
+        self.evaluations: list[Evaluation] = []
+        self._columns = {name: array(code) for name, code in _COLUMNS.items()}
+        self._extra: dict[str, array[float]] = {}
+
+    def add(self, event: Event) -> None:
+        for name, column in self._columns.items():
+            column.append(getattr(event, name))
+        for name in event.extra.keys() - self._extra.keys():
+            self._extra[name] = array("d", [math.nan] * (len(self) - 1))
+        for name, figures in self._extra.items():
+            figures.append(event.extra.get(name, math.nan))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names that `column` knows: the fields of `Event`, and the method's own figures."""
+        return (*self._columns, *self._extra)
+
+    def column(self, name: str) -> Tensor:
+        """One quantity of all events: int64 for worker, step and lag, else float64. [events]"""
+        if name not in self.columns:
+            raise KeyError(f"the trace has no column {name!r}; it has {', '.join(self.columns)}")
+        data = self._columns[name] if name in self._columns else self._extra[name]
+        return torch.tensor(data, dtype=torch.int64 if data.typecode == "q" else torch.float64)
+
+    def __len__(self) -> int:
+        return len(self._columns["loss"])
+
+    @overload
+    def __getitem__(self, index: int) -> Event: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Event]: ...
+    def __getitem__(self, index: int | slice) -> Event | list[Event]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        values = [column[index] for column in self._columns.values()]
+        return Event(*values, {name: column[index] for name, column in self._extra.items()})
+
+    def __iter__(self) -> Iterator[Event]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        """Same header, same incidents, and bit for bit the same events."""
+        return isinstance(other, Trace) and list(self._lines()) == list(other._lines())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _lines(self) -> Iterator[str]:
+        yield json.dumps({"format": FORMAT, **self.header})
+        notes: list[tuple[float, dict[str, Any]]] = [(i.seconds, {"incident": i._asdict()}) for i in self.incidents]
+        notes += [(e.seconds, {"evaluation": e._asdict()}) for e in self.evaluations]
+        notes.sort(key=lambda note: note[0], reverse=True)
+        for event in self:
+            while notes and notes[-1][0] < event.seconds:
+                yield json.dumps(notes.pop()[1])
+            fields = event._asdict()
+            extra = fields.pop("extra")
+            yield json.dumps(fields | extra)
+        for _, note in reversed(notes):
+            yield json.dumps(note)
+
+    def write(self, path: str | Path) -> None:
+        """Write the trace as JSON lines; floats keep every bit."""
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in self._lines())
+
+    @classmethod
+    def read(cls, path: str | Path) -> Trace:
+        """The trace in the file ``path``; ``ValueError`` with the line where it is none."""
+        trace = cls()
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    trace._take(json.loads(line), first=number == 1)
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(
+                        f"{path}, line {number} is no line of an {FORMAT!r} file ({error}); "
+                        "give a file that `offbeat simulate --out` has written"
+                    ) from None
+        if not trace.header:
+            raise ValueError(f"{path} is empty: it is no {FORMAT!r} file")
+        return trace
+
+    def _take(self, line: dict[str, Any], first: bool) -> None:
+        if first:
+            if line.pop("format", None) != FORMAT:
+                raise ValueError(f"the header does not say {FORMAT!r}")
+            self.header = line
+        elif "incident" in line:
+            self.incidents.append(Incident(**line["incident"]))
+        elif "evaluation" in line:
+            self.evaluations.append(Evaluation(**line["evaluation"]))
+        else:
+            extra = {name: line.pop(name) for name in list(line) if name not in _COLUMNS}
+            self.add(Event(**line, extra=extra))
+
