@@ -1,19 +1,74 @@
 """offbeat trains PyTorch models without lockstep: asynchronous, gossiping and rarely talking workers.
 
-    import offbeat as ob
-    run = ob.simulate(ob.methods.DanaZero(lr=0.05), ob.tasks.Digits(), ob.Cluster(workers=32), gradients=4000)
+import offbeat as ob
+
+run = ob.simulate(ob.methods.DanaZero(lr=0.05), ob.tasks.Digits(), ob.Cluster(workers=32), gradients=4000)
+print(run.summary())
 """
+
+from typing import Any
 
 __version__ = "0.1.0"
 
-from . import core, methods
+from . import methods, tasks
 from .core.descent import SGD, Adam, AdamW, Rule
-from .core.method import GradientServer, Local, Method, ServerMethod
 from .core.master import Correction, Master, Uncorrected
+from .core.method import GradientServer, Local, Method, ServerMethod
 from .core.problem import Problem
 from .core.schedule import Constant, Cosine, MultiStep, Product, Schedule, Sequence, Warmup
 from .engines.cluster import Cluster, Crash, Join, Leave
 from .engines.simulator import Run, simulate
 from .engines.speed import Fixed, Gamma, LogNormal, Recorded, Speed
 from .failure import Deadlock, Diverged, Failure, WorkerLost
+from .tasks import Supervised
 from .trace import Event, Incident, Trace
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Cluster",
+    "Constant",
+    "Correction",
+    "Cosine",
+    "Crash",
+    "Deadlock",
+    "Diverged",
+    "Event",
+    "Failure",
+    "Fixed",
+    "Gamma",
+    "GradientServer",
+    "Incident",
+    "Join",
+    "Leave",
+    "Local",
+    "LogNormal",
+    "Master",
+    "Method",
+    "MultiStep",
+    "Problem",
+    "Product",
+    "Recorded",
+    "Rule",
+    "Run",
+    "Schedule",
+    "Sequence",
+    "ServerMethod",
+    "Speed",
+    "Supervised",
+    "Trace",
+    "Uncorrected",
+    "Warmup",
+    "WorkerLost",
+    "methods",
+    "simulate",
+    "tasks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Every class of the methods folder is at hand as ``ob.DanaZero`` too."""
+    if name in methods.__all__:
+        return getattr(methods, name)
+    raise AttributeError(f"module 'offbeat' has no attribute {name!r}")

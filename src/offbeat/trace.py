@@ -151,4 +151,3 @@ class Trace(Sequence[Event]):
         else:
             extra = {name: line.pop(name) for name in list(line) if name not in _COLUMNS}
             self.add(Event(**line, extra=extra))
-

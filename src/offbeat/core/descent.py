@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .schedule import Rate, rate, require_rate
-from .values import require
+from .values import require, require_nonnegative
 
 
 def count(x: Tensor) -> Tensor:
@@ -25,7 +25,13 @@ def count(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """``init(x)`` makes the state of a run that starts at ``x``; ``step`` moves state and parameters by one gradient."""
+    """``init(x)`` makes the state of a run that starts at ``x``; ``step`` moves state and parameters by one gradient.
+
+    A state is a NamedTuple with a field ``step``, 0-dim scalars, and vectors [d] that are its buffers.
+    """
+
+    lr: Rate
+    """Learning rate, above 0, or a schedule of the steps taken."""
 
     @abstractmethod
     def init(self, x: Tensor) -> Any:
@@ -34,6 +40,23 @@ class Rule(ABC):
     @abstractmethod
     def step(self, state: Any, x: Tensor, g: Tensor) -> tuple[Any, Tensor]:
         """State and parameters ``[d]`` after the gradient ``g`` ``[d]`` taken at ``x``."""
+
+    def rate(self, state: Any) -> float | Tensor:
+        """The rate of the next step."""
+        return rate(self.lr, state.step)
+
+    def buffers(self, state: Any) -> tuple[Tensor, ...]:
+        """The state's vectors, [d] each: what averaging buffers averages."""
+        return tuple(t for t in state if t.dim() == 1)
+
+    def with_buffers(self, state: Any, buffers: tuple[Tensor, ...]) -> Any:
+        """The state with these vectors in place of its own."""
+        rest = iter(buffers)
+        return state._make(next(rest) if t.dim() == 1 else t for t in state)
+
+    def restart(self, state: Any) -> Any:
+        """The state with its buffers emptied; the step, and so the schedule, goes on."""
+        return self.with_buffers(state, tuple(torch.zeros_like(b) for b in self.buffers(state)))
 
 
 class SGDState(NamedTuple):
@@ -62,7 +85,7 @@ class SGD(Rule):
         require_rate(self, "lr")
         require(self, "momentum", 0 <= self.momentum < 1, "must be in [0, 1)")
         require(self, "nesterov", self.momentum > 0 or not self.nesterov, "needs momentum above 0")
-        require(self, "weight_decay", self.weight_decay >= 0, "must be at least 0")
+        require_nonnegative(self, "weight_decay")
 
     def init(self, x: Tensor) -> SGDState:
         return SGDState(count(x), torch.zeros_like(x))
@@ -78,6 +101,7 @@ class SGD(Rule):
 
 class AdamState(NamedTuple):
     step: Tensor  # steps taken, 0-dim
+    age: Tensor  # gradients in the moments, 0-dim: step, unless the buffers were emptied meanwhile
     m: Tensor  # first moment [d]
     v: Tensor  # second moment [d]
 
@@ -100,25 +124,28 @@ class Adam(Rule):
         require_rate(self, "lr")
         require(self, "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "must be two in [0, 1)")
         require(self, "eps", self.eps > 0, "must be above 0")
-        require(self, "weight_decay", self.weight_decay >= 0, "must be at least 0")
+        require_nonnegative(self, "weight_decay")
 
     def init(self, x: Tensor) -> AdamState:
-        return AdamState(count(x), torch.zeros_like(x), torch.zeros_like(x))
+        return AdamState(count(x), count(x), torch.zeros_like(x), torch.zeros_like(x))
 
     def step(self, state: AdamState, x: Tensor, g: Tensor) -> tuple[AdamState, Tensor]:
         lr = rate(self.lr, state.step)
         state = self.moments(state, g + self.weight_decay * x if self.weight_decay else g)
         return state, x - lr * self.direction(state)
 
+    def restart(self, state: AdamState) -> AdamState:
+        return super().restart(state)._replace(age=torch.zeros_like(state.age))  # type: ignore[no-any-return]
+
     def moments(self, state: AdamState, g: Tensor) -> AdamState:
         """The state after ``g`` has entered both moments."""
         b1, b2 = self.betas
-        return AdamState(state.step + 1, b1 * state.m + (1 - b1) * g, b2 * state.v + (1 - b2) * g * g)
+        return AdamState(state.step + 1, state.age + 1, b1 * state.m + (1 - b1) * g, b2 * state.v + (1 - b2) * g * g)
 
     def direction(self, state: AdamState) -> Tensor:
         """What the last step moved along, before the rate; 0 before the first step. [d]"""
         b1, b2 = self.betas
-        k = state.step.clamp(min=1.0)
+        k = state.age.clamp(min=1.0)
         return state.m / (1 - b1**k) / ((state.v / (1 - b2**k)).sqrt() + self.eps)
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from .descent import count
 from .method import GradientServer, Message
 from .schedule import Rate, rate, require_rate
-from .values import require
-
+from .values import require, require_nonnegative
 
 Number = float | Tensor
 """A float, or a 0-dim tensor."""
@@ -96,8 +95,10 @@ class Master(GradientServer):
 
     def __post_init__(self) -> None:
         require_rate(self, "lr")
-        require(self, "weight_decay", self.weight_decay >= 0, "must be at least 0")
-        require(self, "correction", isinstance(self.correction, Correction), "must be a Correction such as GapPenalty()")
+        require_nonnegative(self, "weight_decay")
+        require(
+            self, "correction", isinstance(self.correction, Correction), "must be a Correction such as GapPenalty()"
+        )
         if hasattr(self, "momentum"):
             require(self, "momentum", 0 <= self.momentum < 1, "must be in [0, 1)")
 
@@ -156,7 +157,9 @@ class Master(GradientServer):
 
     def serve(self, s: MasterState, own: Seat, msg: Tensor) -> tuple[MasterState, Seat, Message]:
         lr = self.rate_for(s, own)
-        stale = Stale(msg, self.decay(s), s.x, own.sent, s.step - own.at, lr, lambda: self.velocity(s.mover, own.mover, msg))
+        stale = Stale(
+            msg, self.decay(s), s.x, own.sent, s.step - own.at, lr, lambda: self.velocity(s.mover, own.mover, msg)
+        )
         d, memory, mine_memory = self.correction.correct(s.memory, own.memory, stale)
         x, shared, mine = self.move(s.x, s.mover, own.mover, d, lr)
         s = MasterState(x, s.step + 1, shared, memory)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 
 from .descent import SGD, Rule
+from .values import require
 
 Message = Any
 """A tensor, or a tuple of tensors; its size is the sum of ``numel * element_size``."""
@@ -35,6 +36,13 @@ class Method(ABC):
         """How many steps of its schedules a run of ``gradients`` (all workers together) on ``workers`` workers has."""
         return max(1, gradients // workers)
 
+    def check(self, n: int) -> None:
+        """Refuse, with a ``ValueError``, a number of workers that the method cannot have."""
+
+    def welcome(self, w: Any) -> tuple[Any, Any]:
+        """A worker joins others that have no server, at one with state ``w``: that state afterwards, and the newcomer's."""
+        return w, w
+
     @abstractmethod
     def init(self, start: Any) -> Any:
         """The worker's state for a start at ``start``: parameters [d] (for a server method: the first reply)."""
@@ -54,21 +62,89 @@ class Descending(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Local(Method):
-    """A descent rule on its own, no messages: what one machine does. The baseline, and what others build on."""
+class Averageable(Method):
+    """A worker whose model can be averaged with others' exactly and put back: what a slow outer step needs of it."""
+
+    @abstractmethod
+    def rate(self, w: Any) -> float | Tensor:
+        """The rate of this worker's next step."""
+
+    @abstractmethod
+    def buffers(self, w: Any) -> tuple[Tensor, ...]:
+        """The rule's vectors, such as momentum, [d] each."""
+
+    @abstractmethod
+    def with_buffers(self, w: Any, buffers: tuple[Tensor, ...]) -> Any:
+        """The state with these vectors in place of the rule's own."""
+
+    @abstractmethod
+    def restart(self, w: Any) -> Any:
+        """The state with the rule's buffers emptied; schedules go on."""
+
+    @abstractmethod
+    def share(self, w: Any) -> Message:
+        """What an exact average over workers is taken of."""
+
+    @abstractmethod
+    def average(self, mean: Message) -> Tensor:
+        """The parameters that the mean of all shares stands for. [d]"""
+
+    @abstractmethod
+    def load(self, w: Any, x: Tensor) -> Any:
+        """The state, put at ``x`` [d]."""
+
+
+@dataclass(frozen=True)
+class RuleMethod(Averageable):
+    """A worker that descends by a `Rule` of its own. Its state has the fields ``x`` and ``rule``, as `Descending` has."""
 
     rule: Rule = SGD(0.05, momentum=0.9, nesterov=True)
-    """How one gradient moves the parameters."""
+    """How one gradient moves the parameters; its schedules count this worker's steps."""
 
-    def init(self, start: Tensor) -> Descending:
+    def __post_init__(self) -> None:
+        require(self, "rule", isinstance(self.rule, Rule), "must be a Rule such as SGD(0.05)")
+
+    def init(self, start: Tensor) -> Any:
         return Descending(start, self.rule.init(start))
 
-    def params(self, w: Descending) -> Tensor:
+    def params(self, w: Any) -> Tensor:
+        return cast(Tensor, w.x)
+
+    def local(self, w: Any, g: Tensor) -> Any:
+        rule, x = self.rule.step(w.rule, self.params(w), g)
+        return w._replace(x=x, rule=rule)
+
+    def rate(self, w: Any) -> float | Tensor:
+        return self.rule.rate(w.rule)
+
+    def buffers(self, w: Any) -> tuple[Tensor, ...]:
+        return self.rule.buffers(w.rule)
+
+    def with_buffers(self, w: Any, buffers: tuple[Tensor, ...]) -> Any:
+        return w._replace(rule=self.rule.with_buffers(w.rule, buffers))
+
+    def restart(self, w: Any) -> Any:
+        return w._replace(rule=self.rule.restart(w.rule))
+
+    def share(self, w: Any) -> Message:
         return w.x
 
-    def local(self, w: Descending, g: Tensor) -> Descending:
-        rule, x = self.rule.step(w.rule, w.x, g)
-        return Descending(x, rule)
+    def average(self, mean: Message) -> Tensor:
+        return cast(Tensor, mean)
+
+    def load(self, w: Any, x: Tensor) -> Any:
+        return w._replace(x=x)
+
+
+@dataclass(frozen=True)
+class Local(RuleMethod):
+    """A descent rule on its own, no messages: what one machine does. The baseline, and what others build on."""
+
+    def check(self, n: int) -> None:
+        if n != 1:
+            raise ValueError(
+                f"{type(self).__name__} on {n} workers: it sends no messages; give it one, or take LocalSGD"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,9 +162,13 @@ class ServerMethod(Method):
     def horizon(self, gradients: int, workers: int) -> int:
         return gradients
 
+    def length(self, w: Any) -> int:
+        """How many gradients the worker takes before its next push: ``period``, unless the server has told it another."""
+        return self.period
+
     @abstractmethod
     def push(self, w: Any) -> Message:
-        """What the worker sends when its ``period`` gradients are done."""
+        """What the worker sends when its gradients are done."""
 
     @abstractmethod
     def pull(self, w: Any, reply: Message) -> Any:
@@ -109,6 +189,20 @@ class ServerMethod(Method):
     @abstractmethod
     def serve(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
         """One visit: both states after it, and the reply."""
+
+    gated: ClassVar[bool] = False
+    """Whether a reply may have to wait (`ready`)."""
+
+    def ready(self, s: Any, own: Any, clock: int, slowest: int) -> bool:
+        """Whether the worker may have its reply now; asked after every visit while it waits.
+
+        ``clock`` counts this worker's visits and ``slowest`` is the least clock of all (a newcomer starts there).
+        """
+        return True
+
+    def refresh(self, s: Any, own: Any, reply: Message) -> tuple[Any, Message]:
+        """A reply that has waited: the state kept for the worker and what it is sent now."""
+        return own, reply
 
     @abstractmethod
     def master(self, s: Any) -> Tensor:

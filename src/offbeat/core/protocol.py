@@ -6,14 +6,18 @@ handlers of one node run at once, and a node's state is read only after the answ
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import singledispatch
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from .gossip import PairGossipMethod, PushGossipMethod, RoundGossipMethod
 from .method import Local, Message, Method, ServerMethod
+from .periodic import OuterMethod, PeriodicMethod
+from .seeds import derive
+from .topology import Members
 
 SERVER = -1
 """The server's name among the nodes; workers are 0, 1, 2, ..."""
@@ -26,21 +30,21 @@ class Gradient(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """Send ``msg`` to node ``to``, which reacts atomically. Answer: its reply."""
+    """Send ``msg`` to node ``to``, which reacts atomically. Answer: its reply; None if ``to`` is dead."""
 
     to: int
     msg: Message
 
 
 class Send(NamedTuple):
-    """Send ``msg`` to node ``to`` and go on. Answer: None."""
+    """Send ``msg`` to node ``to`` and go on. Answer: False if ``to`` is known to be dead, else True."""
 
     to: int
     msg: Message
 
 
 class Recv(NamedTuple):
-    """Wait for one message from each of ``sources``. Answer: ``{source: message}``."""
+    """Wait for the next message of each of ``sources``. Answer: ``{source: message}``; the dead are missing."""
 
     sources: tuple[int, ...]
 
@@ -50,9 +54,10 @@ class Inbox(NamedTuple):
 
 
 class AllReduce(NamedTuple):
-    """Wait for every living node's ``x``. Answer: their mean [d]."""
+    """Wait for all living nodes of ``members`` to ask the same. Answer: the mean of their messages."""
 
-    x: Tensor
+    msg: Message
+    members: Members
 
 
 Request = Gradient | Ask | Send | Recv | Inbox | AllReduce
@@ -66,6 +71,14 @@ class Node:
     id: int
     method: Method
     state: Any = None
+    step: int = 0
+    """Steps of the worker that are complete, their messages included: the number of the round it is in."""
+    seed: int = 0
+    """What random peers are drawn from, the same for all nodes of a run."""
+    view: Callable[[int], Members] = lambda step: (0,)
+    """The members that take part in round ``step``, in rising order; the engine answers, the same to all who ask."""
+    due: Mapping[int, float] | None = None
+    """The weights of a round's messages that are still under way to this node."""
 
 
 @singledispatch
@@ -77,18 +90,132 @@ def loop(method: Method, node: Node) -> Loop:
 @loop.register
 def _local(method: Local, node: Node) -> Loop:
     while True:
-        g = yield Gradient(method.params(node.state))
-        node.state = method.local(node.state, g)
+        yield from _step(method, node, node)
+        node.step += 1
 
 
 @loop.register
 def _server(method: ServerMethod, node: Node) -> Loop:
     while True:
-        for _ in range(method.period):
-            g = yield Gradient(method.params(node.state))
-            node.state = method.local(node.state, g)
+        for _ in range(method.length(node.state)):
+            yield from _step(method, node, node)
+            node.step += 1
         reply = yield Ask(SERVER, method.push(node.state))
         node.state = method.pull(node.state, reply)
+
+
+@loop.register
+def _push(method: PushGossipMethod, node: Node) -> Loop:
+    while True:
+        yield from _step(method, node, node)
+        for _, msg in (yield Inbox()):
+            node.state = method.receive(node.state, msg)
+        peer = _partner(method, node)
+        if peer is not None:
+            node.state, msg = method.send(node.state)
+            if not (yield Send(peer, msg)):
+                node.state = method.returned(node.state, msg)
+        node.step += 1
+
+
+@loop.register
+def _pair(method: PairGossipMethod, node: Node) -> Loop:
+    while True:
+        yield from _step(method, node, node)
+        peer = _partner(method, node)
+        if peer is not None:
+            reply = yield Ask(peer, method.offer(node.state))
+            if reply is not None:
+                node.state = method.settle(node.state, reply)
+        node.step += 1
+
+
+@loop.register(RoundGossipMethod)
+@loop.register(PeriodicMethod)
+def _rounds(method: RoundGossipMethod | PeriodicMethod, node: Node) -> Loop:
+    while True:
+        yield from _turn(method, node, node)
+
+
+class Cell(Protocol):
+    """Where the state of a method is kept: a node, or a part of the state around it."""
+
+    state: Any
+
+
+class _Inner:
+    """The cell of an inner method: the part ``inner`` of the state around it, always up to date there."""
+
+    def __init__(self, around: Cell) -> None:
+        self._around = around
+
+    @property
+    def state(self) -> Any:
+        return self._around.state.inner
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._around.state = self._around.state._replace(inner=value)
+
+
+def _step(method: Method, cell: Cell, node: Node) -> Loop:
+    """One gradient and what the worker does with it."""
+    g = yield Gradient(method.params(cell.state))
+    cell.state = method.local(cell.state, g)
+
+
+def _turn(method: Method, cell: Cell, node: Node) -> Loop:
+    """One step of a method that goes in rounds, with the messages that belong to it; of an outer method, one block."""
+    if isinstance(method, OuterMethod):
+        below = _Inner(cell)
+        for _ in range(method.length(node.step)):
+            yield from _turn(method.inner, below, node)
+        if isinstance(method.inner, RoundGossipMethod):
+            yield from _collect(method.inner, below, node)
+    else:
+        yield from _step(method, cell, node)
+        if isinstance(method, RoundGossipMethod) and method.talks(node.step, 0.0):
+            yield from _gossip(method, cell, node)
+        node.step += 1
+    if isinstance(method, PeriodicMethod):
+        mean = method.contribute(cell.state)
+        if mean is not None:
+            mean = yield AllReduce(mean, method.group(node.id, node.view(node.step - 1)))
+        cell.state = method.absorb(cell.state, mean)
+
+
+def _gossip(method: RoundGossipMethod, cell: Cell, node: Node) -> Loop:
+    """One round: send to the neighbours, take what they sent in this round, or in the one before where it overlaps."""
+    if method.overlaps:
+        yield from _collect(method, cell, node)
+    round = method.topology.round(node.view(node.step), node.step // method.period, node.seed)
+    out = dict(round.out[node.id])
+    keep = out.pop(node.id)
+    cell.state, messages = method.send(cell.state, out, keep)
+    for peer, msg in messages.items():
+        if not (yield Send(peer, msg)):
+            cell.state = method.returned(cell.state, msg)
+    node.due = round.into[node.id]
+    if not method.overlaps:
+        yield from _collect(method, cell, node)
+
+
+def _collect(method: RoundGossipMethod, cell: Cell, node: Node) -> Loop:
+    """Take what is under way to this node, so that nothing is."""
+    if node.due is None:
+        return
+    into = dict(node.due)
+    own, node.due = into.pop(node.id), None
+    inbox = yield Recv(tuple(into))
+    cell.state = method.merge(cell.state, inbox, into, own)
+
+
+def _partner(method: PushGossipMethod | PairGossipMethod, node: Node) -> int | None:
+    """With whom the node talks after this step, if it does."""
+    draw = derive(node.seed, node.id, node.step, 1) / (1 << 63)
+    if not method.talks(node.step, draw):
+        return None
+    return method.topology.peer(node.id, node.view(node.step), node.step, node.seed)
 
 
 @dataclass
@@ -96,7 +223,7 @@ class Server:
     """The server of a `ServerMethod`, without any transport: who is seated, the shared state, and a version.
 
     The version counts visits served; ``seen`` is the version that each worker last received, so the lag of a message is
-    ``version - seen[worker]``. Not thread-safe: an engine calls it under its own lock.
+    ``version - seen[worker]``. ``clock`` counts each worker's visits, for methods that make replies wait. Not thread-safe: an engine calls it under its own lock.
     """
 
     method: ServerMethod
@@ -104,6 +231,8 @@ class Server:
     version: int = 0
     own: dict[int, Any] = field(default_factory=dict)
     seen: dict[int, int] = field(default_factory=dict)
+    clock: dict[int, int] = field(default_factory=dict)
+    waiting: dict[int, tuple[int, Message]] = field(default_factory=dict)
 
     @classmethod
     def start(cls, method: ServerMethod, x: Tensor) -> Server:
@@ -115,18 +244,45 @@ class Server:
             raise ValueError(f"worker {worker} is already seated: a worker leaves before it joins again")
         self.state, self.own[worker], reply = self.method.admit(self.state)
         self.seen[worker] = self.version
+        self.clock[worker] = min(self.clock.values(), default=0)
         return reply
 
-    def leave(self, worker: int) -> None:
+    def leave(self, worker: int) -> dict[int, Message]:
+        """Unseat ``worker``; returns the replies that its going lets out, as `visit` does."""
         self.state = self.method.leave(self.state, self.own.pop(worker))
-        del self.seen[worker]
+        del self.seen[worker], self.clock[worker]
+        self.waiting.pop(worker, None)
+        return self.release()
 
     def serve(self, worker: int, msg: Message) -> Message:
-        """One visit of ``worker``: the states move together, and the reply is returned."""
+        """Apply what ``worker`` brings: the states move together. Returns its reply, which may have to wait."""
         self.state, self.own[worker], reply = self.method.serve(self.state, self.own[worker], msg)
         self.version += 1
         self.seen[worker] = self.version
+        self.clock[worker] += 1
         return reply
+
+    def visit(self, worker: int, msg: Message) -> dict[int, Message]:
+        """Serve ``worker`` and return the replies that may go out now, by worker: usually its own."""
+        reply = self.serve(worker, msg)
+        if not self.method.gated:
+            return {worker: reply}
+        self.waiting[worker] = (self.version, reply)
+        return self.release()
+
+    def release(self) -> dict[int, Message]:
+        """The replies that have waited and may go out now, by worker, first come first served."""
+        if not self.waiting:
+            return {}
+        free, slowest = {}, min(self.clock.values())
+        for worker, (version, reply) in list(self.waiting.items()):
+            if self.method.ready(self.state, self.own[worker], self.clock[worker], slowest):
+                if version != self.version:
+                    self.own[worker], reply = self.method.refresh(self.state, self.own[worker], reply)
+                    self.seen[worker] = self.version
+                free[worker] = reply
+                del self.waiting[worker]
+        return free
 
     def lag(self, worker: int) -> int:
         """Visits served since ``worker`` last received parameters."""

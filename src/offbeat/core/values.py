@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -21,6 +22,11 @@ def require(owner: object, field: str, ok: bool, cure: str) -> None:
     """`refuse` the field's present value unless ``ok``; write ``ok`` so that it is False for nan."""
     if not ok:
         refuse(owner, field, getattr(owner, field), cure)
+
+
+def require_nonnegative(owner: object, field: str) -> None:
+    """Refuse a number that is not finite or is below 0."""
+    require(owner, field, 0 <= getattr(owner, field) < math.inf, "must be finite and at least 0")
 
 
 def unknown(what: str, name: str, known: Mapping[str, object] | list[str]) -> str:
@@ -61,4 +67,6 @@ def _build(node: ast.expr, text: str, names: Mapping[str, Callable[..., Any]]) -
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise ValueError(f"cannot read {ast.unparse(node)!r} in {text!r}: it is no literal and no known value") from None
+        raise ValueError(
+            f"cannot read {ast.unparse(node)!r} in {text!r}: it is no literal and no known value"
+        ) from None

@@ -53,6 +53,6 @@ class Cluster:
         present = set(range(self.workers))
         for event in sorted(self.events, key=lambda e: e.at):
             if isinstance(event, Join) == (event.worker in present):
-                state = "is there" if event.worker in present else "is not there"
-                refuse(self, "events", event, f"worker {event.worker} {state} at {event.at} s; correct the worker or the time")
+                state = "is there already" if event.worker in present else "is not there"
+                refuse(self, "events", event, f"worker {event.worker} {state} then; correct the worker or the time")
             present ^= {event.worker}

@@ -6,7 +6,6 @@ that takes time; the engine answers and never knows which method it runs. The sa
 
 from __future__ import annotations
 
-import heapq
 import platform
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,13 +16,16 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..core.method import Local, Method, ServerMethod
+from ..core.gossip import GossipMethod, PairGossipMethod
+from ..core.method import Message, Method
 from ..core.problem import Problem
-from ..core.protocol import SERVER, AllReduce, Ask, Gradient, Inbox, Loop, Message, Node, Recv, Request, Send, Server, loop
-from ..core.values import require
+from ..core.protocol import SERVER, AllReduce, Ask, Gradient, Loop, Node, Recv, Request, Send, loop
+from ..core.topology import Members
 from ..failure import Deadlock, Diverged, Failure, WorkerLost
 from ..trace import Evaluation, Event, Incident, Trace
+from .clock import Clock
 from .cluster import Cluster, Crash, Join, Leave, Membership
+from .ensemble import Centre, average, ensemble
 
 
 @dataclass
@@ -72,13 +74,13 @@ def simulate(
 ) -> Run:
     """Train ``problem`` with ``method`` on a simulated ``cluster`` until ``gradients`` minibatch gradients are taken.
 
-    ``gradients`` counts all workers together. ``seed`` drives the cluster's randomness; the problem has its own seed for
-    its data and minibatches. ``evaluate_every`` gradients the shipped model is evaluated into the trace (None: only at
-    the end). ``watch`` is called with every event as it happens, for a progress bar or an early look.
+    ``gradients`` counts all workers together. ``seed`` drives the cluster's randomness; the problem has its own seed
+    for its data and minibatches. Every ``evaluate_every`` gradients the shipped model is evaluated into the trace (None:
+    only at the end). ``watch`` is called with every event as it happens, for a progress bar or an early look.
 
     Raises ``ValueError`` for a bad argument, `Diverged` when a gradient or loss is not finite or not shaped like the
-    parameters, `Deadlock` when nodes wait for each other for ever, `WorkerLost` when nobody is left to work; each of the
-    last three keeps the trace.
+    parameters, `Deadlock` when nodes wait for each other for ever, `WorkerLost` when nobody is left to work; each of
+    the last three keeps the trace.
     """
     return Simulation(method, problem, cluster or Cluster(), gradients, seed, evaluate_every, watch).run()
 
@@ -91,6 +93,7 @@ class _Worker:
     loop: Loop
     times: Iterator[float]
     steps: int = 0  # gradients started
+    visits: int = 0  # by others, since its gradient was started
     leaving: bool = False
     waits: Request | None = None
     inbox: deque[tuple[int, Message]] = field(default_factory=deque)
@@ -103,33 +106,6 @@ class _Taken:
     step: int
     x: Tensor
     loss: float
-
-
-class _Travel:
-    """How far each parameter moves in one update of the master: root of a running mean of squares, bias corrected."""
-
-    decay = 0.99
-
-    def __init__(self, x: Tensor) -> None:
-        self.square = torch.zeros_like(x)
-        self.weight = 0.0
-        self.last = x
-
-    def gaps(self, x: Tensor, point: Tensor) -> tuple[float, float]:
-        """The gap between master ``x`` and ``point``: RMSE, and mean in units of each parameter's usual update."""
-        difference = x - point
-        rmse = float(difference.norm()) / x.numel() ** 0.5
-        if not self.weight or not rmse:
-            return rmse, 0.0
-        usual = (self.square / self.weight).sqrt_()
-        return rmse, float(difference.abs_().div_(usual.add_(torch.finfo(x.dtype).tiny)).mean())
-
-    def moved(self, x: Tensor) -> None:
-        if x is not self.last:
-            step = x - self.last
-            self.square.mul_(self.decay).addcmul_(step, step, value=1 - self.decay)
-            self.weight = self.decay * self.weight + 1 - self.decay
-            self.last = x
 
 
 class Simulation:
@@ -149,20 +125,18 @@ class Simulation:
             raise ValueError(f"gradients = {gradients!r}: must be a whole number, at least 1")
         if evaluate_every is not None and evaluate_every < 1:
             raise ValueError(f"evaluate_every = {evaluate_every!r}: must be at least 1, or None")
-        if isinstance(method, Local) and (cluster.workers > 1 or cluster.events):
-            require(cluster, "workers", False, f"{type(method).__name__} sends no messages: give it one worker, and no events")
+        method.check(cluster.workers)
         self.method, self.problem, self.cluster, self.gradients, self.seed = method, problem, cluster, gradients, seed
         self.evaluate_every, self.watch = evaluate_every, watch
         self.x0 = problem.x0()
-        self.now = 0.0
+        self.clock = Clock()
         self.granted = 0
-        self.heap: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
-        self.serial = 0
         self.workers: dict[int, _Worker] = {}
         self.streams: dict[int, Iterator[float]] = {}
         self.steps: dict[int, int] = {}
-        self.server = Server.start(method, self.x0) if isinstance(method, ServerMethod) else None
-        self.travel = _Travel(self.x0)
+        self.newcomers: dict[int, Node] = {}
+        self.reducing: dict[Members, dict[int, Message]] = {}
+        self.ensemble = ensemble(method, self.x0, seed)
         self.trace = Trace(
             {
                 "engine": "simulator",
@@ -180,52 +154,68 @@ class Simulation:
 
     def run(self) -> Run:
         """Run to the end."""
-        for worker in range(self.cluster.workers):
-            self._join(worker)
+        nodes = [Node(name, self.method) for name in range(self.cluster.workers)]
+        self.ensemble.begin(nodes)
         for event in self.cluster.events:
-            self._push(event.at, 0, self._member, event)
-        for worker in list(self.workers.values()):
-            self._advance(worker, None)
-        while self.heap and (len(self.trace) < self.gradients or self.heap[0][1]):  # no membership after the last gradient
-            self.now, _, _, act, args = heapq.heappop(self.heap)
-            act(*args)
+            self.clock.at(event.at, 0, self._member, event)
+        for node in nodes:
+            self._start(node)
+        while self.clock.step():
+            pass
         if self.granted < self.gradients:
             raise self._stuck()
-        x = self._shipped()
-        return Run(x, self.trace, self.now, self._evaluate(x))
+        x = self.ensemble.x()
+        return Run(x, self.trace, self.trace[-1].seconds, self._evaluate(x))
 
-    # what happens
+    # who is there
 
-    def _join(self, worker: int) -> _Worker:
-        if worker not in self.streams:
-            self.streams[worker] = self.cluster.speed.stream(self.seed, worker)
-        node = Node(worker, self.method)
-        start = self.server.join(worker) if self.server else self.x0
-        node.state = self.method.init(start)
-        self.workers[worker] = _Worker(node, loop(self.method, node), self.streams[worker], self.steps.get(worker, 0))
-        return self.workers[worker]
+    def _start(self, node: Node) -> None:
+        """The node has its state: its loop begins, next at this time."""
+        if node.id not in self.streams:
+            self.streams[node.id] = self.cluster.speed.stream(self.seed, node.id)
+        worker = _Worker(node, loop(self.method, node), self.streams[node.id], self.steps.get(node.id, 0))
+        self.workers[node.id] = worker
+        self.clock.at(self.clock.now, 1, self._advance, worker, None)
+
+    def _member(self, event: Membership) -> None:
+        if len(self.trace) >= self.gradients:
+            return  # what happens to workers after the last gradient is nobody's business
+        if isinstance(event, Join):
+            node = Node(event.worker, self.method)
+            self.newcomers[event.worker] = node
+            self.trace.incidents.append(Incident(self.clock.now, event.worker, "joined"))
+            if self.ensemble.enter(node):
+                self._start(node)
+        elif event.worker not in self.workers:  # a newcomer that still waits for its round
+            self.ensemble.leave(self.newcomers[event.worker], orderly=isinstance(event, Leave))
+            self.trace.incidents.append(Incident(self.clock.now, event.worker, "left"))
+        elif isinstance(event, Leave):
+            self.workers[event.worker].leaving = True
+        elif isinstance(event, Crash):
+            worker = self.workers[event.worker]
+            lost = isinstance(worker.waits, Gradient)
+            self.granted -= lost  # somebody else takes it
+            self._gone(worker, "crashed", int(lost))
 
     def _gone(self, worker: _Worker, what: str, lost: int = 0) -> None:
         del self.workers[worker.node.id]
         self.steps[worker.node.id] = worker.steps
         worker.loop.close()
-        if self.server:
-            self.server.leave(worker.node.id)
-        self.trace.incidents.append(Incident(self.now, worker.node.id, what, lost))
+        self.trace.incidents.append(Incident(self.clock.now, worker.node.id, what, lost))
+        orderly = what == "left"
+        if orderly and isinstance(self.method, GossipMethod):
+            for _, message in worker.inbox:
+                worker.node.state = self.method.returned(worker.node.state, message)
+        self._release(self.ensemble.leave(worker.node, orderly))
+        for other in list(self.workers.values()):
+            if isinstance(other.waits, Recv):
+                self._receive(other)
+        for members in list(self.reducing):
+            self._reduce(members)
+        for newcomer in self.ensemble.arrivals(None):
+            self._start(newcomer)
 
-    def _member(self, event: Membership) -> None:
-        if isinstance(event, Join):
-            worker = self._join(event.worker)
-            self.trace.incidents.append(Incident(self.now, event.worker, "joined"))
-            self._advance(worker, None)
-            return
-        worker = self.workers[event.worker]
-        if isinstance(event, Leave):
-            worker.leaving = True
-        elif isinstance(event, Crash):
-            lost = isinstance(worker.waits, Gradient)
-            self.granted -= lost  # somebody else takes it
-            self._gone(worker, "crashed", int(lost))
+    # what happens
 
     def _finish(self, worker: _Worker) -> None:
         """A worker's gradient is done: take it, and let the worker go on with it."""
@@ -239,114 +229,129 @@ class Simulation:
 
     def _advance(self, worker: _Worker, answer: Any, taken: _Taken | None = None) -> None:
         """Let the worker's loop run until it waits for something."""
+        if self.workers.get(worker.node.id) is not worker:
+            return None  # it crashed meanwhile
+        worker.waits = None
         while True:
             request = worker.loop.send(answer)
-            if isinstance(request, Ask):
+            if taken:
                 self._record(worker, taken, request)
                 taken = None
-                answer = self._ask(worker, request)
-                continue
-            self._record(worker, taken)
-            taken = None
-            if isinstance(request, Inbox):
-                answer = list(worker.inbox)
-                worker.inbox.clear()
+            self.ensemble.changed(worker.node)
+            worker.waits = request
+            if isinstance(request, Gradient):
+                return self._grant(worker)
+            if isinstance(request, Recv):
+                return self._receive(worker)
+            if isinstance(request, AllReduce):
+                self.reducing.setdefault(request.members, {})[worker.node.id] = request.msg
+                return self._reduce(request.members)
+            if isinstance(request, Ask) and request.to == SERVER:
+                return self._visit(worker, request.msg)
+            worker.waits = None
+            if isinstance(request, Ask):
+                answer = self._meet(request)
             elif isinstance(request, Send):
                 answer = self._send(worker, request)
             else:
-                break
-        worker.waits = request
-        if isinstance(request, Gradient):
-            self._grant(worker)
-        elif isinstance(request, Recv):
-            self._receive(worker)
-        elif isinstance(request, AllReduce):
-            self._reduce()
+                answer = list(worker.inbox)
+                worker.inbox.clear()
 
     def _grant(self, worker: _Worker) -> None:
+        for newcomer in self.ensemble.arrivals(worker.node):
+            self._start(newcomer)
         if worker.leaving:
             self._gone(worker, "left")
         elif self.granted < self.gradients:
             self.granted += 1
             worker.steps += 1
-            self._push(self.now + next(worker.times), 1, self._finish, worker)
-
-    def _push(self, at: float, priority: int, act: Callable[..., None], *args: Any) -> None:
-        heapq.heappush(self.heap, (at, priority, self.serial, act, args))
-        self.serial += 1
-
-    # answers that are messages
-
-    def _ask(self, worker: _Worker, request: Ask) -> Message:
-        if request.to != SERVER or self.server is None:
-            raise TypeError(f"{self.method!r} asks node {request.to}, and only a server answers")
-        reply = self.server.serve(worker.node.id, request.msg)
-        self.travel.moved(self.server.x())
-        return reply
-
-    def _send(self, worker: _Worker, request: Send) -> None:
-        if request.to in self.workers:
-            to = self.workers[request.to]
-            to.inbox.append((worker.node.id, request.msg))
-            if isinstance(to.waits, Recv):
-                self._receive(to)
-
-    def _receive(self, worker: _Worker) -> None:
-        assert isinstance(worker.waits, Recv)
-        got: dict[int, Message] = {}
-        for source, message in worker.inbox:
-            if source in worker.waits.sources and source not in got:
-                got[source] = message
-        if len(got) == len(worker.waits.sources):
-            taken = {id(message) for message in got.values()}
-            worker.inbox = deque(item for item in worker.inbox if id(item[1]) not in taken)
-            self._resume(worker, got)
+            worker.visits = 0
+            self.clock.at(self.clock.now + next(worker.times), 1, self._finish, worker)
 
     def _resume(self, worker: _Worker, answer: Any) -> None:
         """What the worker waited for is there: it goes on next, at the same time."""
         worker.waits = None
-        self._push(self.now, 1, self._advance, worker, answer)
+        self.clock.at(self.clock.now, 1, self._advance, worker, answer)
 
-    def _reduce(self) -> None:
-        waiting = [w.waits for w in self.workers.values()]
-        if all(isinstance(w, AllReduce) for w in waiting):
-            mean = torch.stack([w.x for w in waiting if isinstance(w, AllReduce)]).mean(0)
-            for worker in self.workers.values():
-                self._resume(worker, mean)
+    # answers that are messages
+
+    def _visit(self, worker: _Worker, msg: Message) -> None:
+        if not isinstance(self.ensemble, Centre):
+            raise TypeError(f"{self.method!r} asks a server, and is no ServerMethod: there is none")
+        self._release(self.ensemble.server.visit(worker.node.id, msg))
+        self.ensemble.travel.moved(self.ensemble.mean())
+
+    def _release(self, replies: dict[int, Message]) -> None:
+        for node, reply in replies.items():
+            self._resume(self.workers[node], reply)
+
+    def _meet(self, request: Ask) -> Message | None:
+        if not isinstance(self.method, PairGossipMethod):
+            raise TypeError(f"{self.method!r} asks node {request.to}, and only a PairGossipMethod's peers answer")
+        peer = self.workers.get(request.to)
+        if peer is None:
+            return None
+        peer.node.state, reply = self.method.meet(peer.node.state, request.msg)
+        peer.visits += 1
+        self.ensemble.changed(peer.node)
+        return reply
+
+    def _send(self, worker: _Worker, request: Send) -> bool:
+        to = self.workers.get(request.to)
+        if to is None:
+            return False
+        to.inbox.append((worker.node.id, request.msg))
+        if isinstance(to.waits, Recv) and worker.node.id in to.waits.sources:
+            self._receive(to)
+        return True
+
+    def _receive(self, worker: _Worker) -> None:
+        assert isinstance(worker.waits, Recv)
+        got: dict[int, Message] = {}
+        rest: deque[tuple[int, Message]] = deque()
+        for source, message in worker.inbox:
+            if source in worker.waits.sources and source not in got:
+                got[source] = message
+            else:
+                rest.append((source, message))
+        if all(source in got or source not in self.workers for source in worker.waits.sources):
+            worker.inbox = rest
+            self._resume(worker, got)
+
+    def _reduce(self, members: Members) -> None:
+        """Answer those who reduce over ``members``, once all of them that live have asked."""
+        asked = self.reducing[members]
+        here = [m for m in members if m in self.workers]
+        if all(m in asked for m in here):
+            del self.reducing[members]
+            mean = average([asked[m] for m in here])
+            for m in here:
+                self._resume(self.workers[m], mean)
 
     # what is recorded
 
-    def _record(self, worker: _Worker, taken: _Taken | None, visit: Ask | None = None) -> None:
-        """The event of a gradient, just before what it brings about changes the master."""
-        if taken is None:
-            return
-        lag, gap, normalised, extra = 0, 0.0, 0.0, {}
-        if self.server:
-            who = worker.node.id
-            lag = self.server.lag(who)
-            gap, normalised = self.travel.gaps(self.server.x(), taken.x)
-            if visit:
-                figures = self.server.method.measure(self.server.state, self.server.own[who], visit.msg)
-                extra = {name: float(value) for name, value in figures.items()}
-        event = Event(self.now, worker.node.id, taken.step, lag, gap, normalised, taken.loss, extra)
+    def _record(self, worker: _Worker, taken: _Taken, request: Request) -> None:
+        """The event of a gradient, just before what it brings about changes the model."""
+        push = request.msg if isinstance(request, Ask) and request.to == SERVER else None
+        model = self.ensemble.mean()
+        gap, normalised = self.ensemble.travel.gaps(model, taken.x)
+        lag = self.ensemble.lag(worker.node) + worker.visits
+        extra = self.ensemble.measure(worker.node, push)
+        event = Event(self.clock.now, worker.node.id, taken.step, lag, gap, normalised, taken.loss, extra)
+        self.ensemble.travel.moved(model)
         self.trace.add(event)
         if self.watch:
             self.watch(event)
         if self.evaluate_every and len(self.trace) % self.evaluate_every == 0:
-            self._evaluate(self._shipped())
+            self._evaluate(self.ensemble.x())
 
     def _evaluate(self, x: Tensor) -> dict[str, float]:
         if not bool(torch.isfinite(x).all()):
             worker = self.trace[-1].worker
             raise self._failed(Diverged, "the parameters are not finite", worker, self.trace[-1].step)
         figures = {name: float(value) for name, value in self.problem.evaluate(x).items()}
-        self.trace.evaluations.append(Evaluation(self.now, len(self.trace), figures))
+        self.trace.evaluations.append(Evaluation(self.clock.now, len(self.trace), figures))
         return figures
-
-    def _shipped(self) -> Tensor:
-        if self.server:
-            return self.server.x()
-        return torch.stack([self.method.params(w.node.state) for w in self.workers.values()]).mean(0)
 
     # failures
 
@@ -359,22 +364,26 @@ class Simulation:
             raise self._failed(Diverged, f"gradient or loss is not finite (loss {float(loss)})", worker, step)
 
     def _failed(self, failure: type[Diverged], what: str, worker: int, step: int) -> Failure:
-        self.trace.incidents.append(Incident(self.now, worker, "diverged"))
-        place = f"worker {worker}, step {step}, at {self.now:.6g} s after {len(self.trace)} gradients"
+        self.trace.incidents.append(Incident(self.clock.now, worker, "diverged"))
+        place = f"worker {worker}, step {step}, at {self.clock.now:.6g} s after {len(self.trace)} gradients"
         cure = "lower the learning rate or lengthen the warm-up" if "finite" in what else "correct the problem's grad"
         return failure(f"{type(self.method).__name__} diverged at {place}: {what}; {cure}", self.trace, worker, step)
 
     def _stuck(self) -> Failure:
         left = f"{self.gradients - self.granted} of {self.gradients} gradients were never taken"
+        now = f"{self.clock.now:.6g} s"
         waiting = [self._waits(w) for w in self.workers.values()]
         if not waiting:
-            return WorkerLost(f"no worker is left at {self.now:.6g} s, {left}: add a Join or remove a Leave", self.trace)
-        return Deadlock(f"nothing can happen after {self.now:.6g} s, {left}: {'; '.join(waiting)}", self.trace)
+            return WorkerLost(f"no worker is left at {now}, {left}: add a Join or remove a Leave", self.trace)
+        return Deadlock(f"nothing can happen after {now}, {left}: {'; '.join(waiting)}", self.trace)
 
     def _waits(self, worker: _Worker) -> str:
         request, who = worker.waits, worker.node.id
         if isinstance(request, Recv):
             here = {source for source, _ in worker.inbox}
             return f"worker {who} waits for {', '.join(str(s) for s in request.sources if s not in here)}"
-        others = [str(w.node.id) for w in self.workers.values() if not isinstance(w.waits, AllReduce)]
-        return f"worker {who} waits for {', '.join(others)} to reduce"
+        if isinstance(request, AllReduce):
+            asked = self.reducing[request.members]
+            others = [str(m) for m in request.members if m in self.workers and m not in asked]
+            return f"worker {who} waits for {', '.join(others)} to reduce"
+        return f"worker {who} waits for the server's reply"

@@ -20,14 +20,16 @@ def _discover() -> dict[str, type]:
             own = inspect.isclass(cls) and cls.__module__ == module.__name__ and not name.startswith("_")
             if own and issubclass(cls, Method | Correction) and not inspect.isabstract(cls):
                 if name in found:
-                    raise ImportError(f"{module.__name__}.{name}: {found[name].__module__} defines {name} too; rename one")
+                    raise ImportError(
+                        f"{module.__name__}.{name}: {found[name].__module__} defines {name} too; rename one"
+                    )
                 found[name] = cls
     return found
 
 
 _classes = _discover()
 globals().update(_classes)
-__all__ = sorted([*_classes, "all_methods", "find"])  # noqa: PLE0605
+__all__ = sorted([*_classes, "all_methods", "find"])
 
 
 def all_methods() -> list[type[Method]]:

@@ -1,9 +1,9 @@
 """ASGD: every gradient moves the master as it arrives.
 
-    on gradient g from worker i:
-        v     <- momentum v + g
-        theta <- theta - eta v
-        send theta to i
+on gradient g from worker i:
+    v     <- momentum v + g
+    theta <- theta - eta v
+    send theta to i
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Adam at the master: every gradient feeds one pair of moments.
 
-    on gradient g from worker i:
-        m     <- beta1 m + (1 - beta1) g
-        n     <- beta2 n + (1 - beta2) g^2
-        theta <- theta - eta m_hat / (sqrt(n_hat) + eps)
-        send theta to i
+on gradient g from worker i:
+    m     <- beta1 m + (1 - beta1) g
+    n     <- beta2 n + (1 - beta2) g^2
+    theta <- theta - eta m_hat / (sqrt(n_hat) + eps)
+    send theta to i
 """
 
 from __future__ import annotations

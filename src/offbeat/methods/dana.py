@@ -1,9 +1,9 @@
 """DANA: Nesterov momentum kept for each worker, and a look-ahead over everybody's momentum sent to each.
 
-    DANA-Zero, on gradient g from worker i:             DANA-Slim, the same points with the momentum at the workers:
-        v_i   <- gamma v_i + g                              worker:  v <- gamma v + g,  send u = g + gamma v
-        theta <- theta - eta v_i                            master:  Theta <- Theta - eta u,  send Theta
-        send theta - eta gamma sum_j v_j to i
+DANA-Zero, on gradient g from worker i:             DANA-Slim, the same points with the momentum at the workers:
+    v_i   <- gamma v_i + g                              worker:  v <- gamma v + g,  send u = g + gamma v
+    theta <- theta - eta v_i                            master:  Theta <- Theta - eta u,  send Theta
+    send theta - eta gamma sum_j v_j to i
 """
 
 from __future__ import annotations

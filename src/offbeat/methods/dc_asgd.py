@@ -1,13 +1,12 @@
 """DC-ASGD: a stale gradient is moved to the present point by a diagonal guess of the Hessian, lambda g^2.
 
-    -c:  g <- g + lambda g^2 (theta - w_i)
-    -a:  MS_i <- m MS_i + (1 - m) g^2
-         g <- g + lambda0 / sqrt(MS_i + eps) g^2 (theta - w_i)
+-c:  g <- g + lambda g^2 (theta - w_i)
+-a:  MS_i <- m MS_i + (1 - m) g^2
+     g <- g + lambda0 / sqrt(MS_i + eps) g^2 (theta - w_i)
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..core.master import Correction, Stale
-from ..core.values import require
+from ..core.values import require, require_nonnegative
 from .asgd import ASGD
+
 
 @dataclass(frozen=True)
 class DelayCompensation(Correction):
@@ -30,7 +30,7 @@ class DelayCompensation(Correction):
     """How much of the guessed curvature is used (lambda), at least 0."""
 
     def __post_init__(self) -> None:
-        require(self, "strength", 0 <= self.strength < math.inf, "must be finite and at least 0")
+        require_nonnegative(self, "strength")
 
     def correct(self, memory: Any, mine: Any, stale: Stale) -> tuple[Tensor, Any, Any]:
         g = stale.g
@@ -53,7 +53,7 @@ class AdaptiveDelayCompensation(Correction):
     """Added under the root, above 0."""
 
     def __post_init__(self) -> None:
-        require(self, "strength", 0 <= self.strength < math.inf, "must be finite and at least 0")
+        require_nonnegative(self, "strength")
         require(self, "decay", 0 <= self.decay < 1, "must be in [0, 1)")
         require(self, "eps", self.eps > 0, "must be above 0")
 

@@ -1,7 +1,7 @@
 """Downpour: a worker takes a few steps on its own, then sends their sum and fetches the master.
 
-    worker:  period times  a <- a - eta (g + wd x),  x <- x - eta (g + wd x);   send a;   a <- 0
-    master:  theta <- theta + a;   send theta
+worker:  period times  a <- a - eta (g + wd x),  x <- x - eta (g + wd x);   send a;   a <- 0
+master:  theta <- theta + a;   send theta
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.descent import count
 from ..core.method import ServerMethod
 from ..core.schedule import Rate, rate, require_rate
-from ..core.values import require
+from ..core.values import require, require_nonnegative
 
 
 class Walker(NamedTuple):
@@ -52,7 +52,7 @@ class Downpour(ServerMethod):
     def __post_init__(self) -> None:
         require_rate(self, "lr")
         require(self, "period", self.period >= 1, "must be at least 1")
-        require(self, "weight_decay", self.weight_decay >= 0, "must be at least 0")
+        require_nonnegative(self, "weight_decay")
 
     def init(self, start: tuple[Tensor, Tensor]) -> Walker:
         x, step = start

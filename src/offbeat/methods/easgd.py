@@ -1,8 +1,8 @@
 """EASGD: workers run on their own and are tied to a centre by a spring.
 
-    every period gradients:  d = alpha (x - centre);   x <- x - d;   centre <- centre + d
-    EASGD  local step:       x <- x - eta (g(x) + wd x)
-    EAMSGD local step:       v <- delta v - eta (g(x + delta v) + wd (x + delta v));   x <- x + v
+every period gradients:  d = alpha (x - centre);   x <- x - d;   centre <- centre + d
+EASGD  local step:       x <- x - eta (g(x) + wd x)
+EAMSGD local step:       v <- delta v - eta (g(x + delta v) + wd (x + delta v));   x <- x + v
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.descent import count
 from ..core.method import ServerMethod
 from ..core.schedule import Rate, rate, require_rate
-from ..core.values import require
+from ..core.values import require, require_nonnegative
 
 
 class Elastic(NamedTuple):
@@ -58,7 +58,7 @@ class EASGD(ServerMethod):
         require_rate(self, "lr")
         require(self, "beta", 0 <= self.beta <= 1, "must be in [0, 1]: above 1 the spring overshoots")
         require(self, "period", self.period >= 1, "must be at least 1")
-        require(self, "weight_decay", self.weight_decay >= 0, "must be at least 0")
+        require_nonnegative(self, "weight_decay")
 
     def init(self, start: tuple[Tensor, Tensor]) -> Elastic:
         x, step = start

@@ -1,9 +1,9 @@
 """Gap-Aware: a gradient counts less by how far the parameters have moved since they were sent, in average steps.
 
-    R <- G R + (1 - G) v^2;   k <- k + 1
-    C  = eta_max (sqrt(R / (1 - G^k)) + eps)          how far a parameter travels in one step
-    P  = 1 + |theta - w_i| / C                        elementwise
-    d  = (g + wd theta) / P                           then the mover goes on with d
+R <- G R + (1 - G) v^2;   k <- k + 1
+C  = eta_max (sqrt(R / (1 - G^k)) + eps)          how far a parameter travels in one step
+P  = 1 + |theta - w_i| / C                        elementwise
+d  = (g + wd theta) / P                           then the mover goes on with d
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..core.descent import count
 from ..core.master import Correction, Stale
-from ..core.schedule import Rate
 from ..core.values import require
 from .asgd import ASGD
 from .async_adam import AsyncAdam

@@ -1,11 +1,11 @@
 """GEM: each update is scaled so that what the others did plus what it does is what one momentum SGD step would do.
 
-    on gradient g from worker i:
-        d     = -eta g
-        m_i   <- mu m_i + d                                   the proxy: this worker's own momentum SGD
-        pi    = clamp((kappa |m_i| - |theta - s_i|) / (|d| + eps), 0, pi_max)        elementwise
-        s_i   <- theta;   theta <- theta + pi d
-        send theta to i
+on gradient g from worker i:
+    d     = -eta g
+    m_i   <- mu m_i + d                                   the proxy: this worker's own momentum SGD
+    pi    = clamp((kappa |m_i| - |theta - s_i|) / (|d| + eps), 0, pi_max)        elementwise
+    s_i   <- theta;   theta <- theta + pi d
+    send theta to i
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.descent import count
 from ..core.method import GradientServer
 from ..core.schedule import Rate, rate, require_rate
-from ..core.values import require
+from ..core.values import require, require_nonnegative
 
 
 class GEMState(NamedTuple):
@@ -76,7 +76,7 @@ class GEM(GradientServer):
         require(self, "kappa", 0 < self.kappa < math.inf, "must be a finite number above 0")
         require(self, "pi_max", self.pi_max > 0, "must be above 0")
         require(self, "eps", self.eps > 0, "must be above 0")
-        require(self, "weight_decay", self.weight_decay >= 0, "must be at least 0")
+        require_nonnegative(self, "weight_decay")
 
     def init_server(self, x: Tensor) -> GEMState:
         return GEMState(x, count(x))

@@ -1,9 +1,9 @@
 """LWP: linear weight prediction; the worker is sent where the master is expected to be when its gradient arrives.
 
-    on gradient g from worker i:
-        v     <- gamma v + g
-        theta <- theta - eta v
-        send theta - T eta v to i        T = expected lag
+on gradient g from worker i:
+    v     <- gamma v + g
+    theta <- theta - eta v
+    send theta - T eta v to i        T = expected lag
 """
 
 from __future__ import annotations

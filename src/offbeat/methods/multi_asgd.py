@@ -1,9 +1,9 @@
 """Multi-ASGD: a momentum vector for each worker at the master, no look-ahead.
 
-    on gradient g from worker i:
-        v_i   <- gamma v_i + g
-        theta <- theta - eta v_i
-        send theta to i
+on gradient g from worker i:
+    v_i   <- gamma v_i + g
+    theta <- theta - eta v_i
+    send theta to i
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """NAG-ASGD: one Nesterov optimiser at the master, shared by all workers.
 
-    on gradient g from worker i:
-        v     <- gamma v + g
-        theta <- theta - eta v
-        send theta - eta gamma v to i
+on gradient g from worker i:
+    v     <- gamma v + g
+    theta <- theta - eta v
+    send theta - eta gamma v to i
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Staleness-Aware: a gradient that is tau updates late counts 1 / tau.
 
-    g <- g / max(1, tau)
+g <- g / max(1, tau)
 """
 
 from __future__ import annotations

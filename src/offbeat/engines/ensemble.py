@@ -1,0 +1,260 @@
+"""The run as a whole: what model it has, who belongs to it, and how far a worker's point is from it.
+
+`Centre` is a run with a server, `Peers` one without. Both are exact about membership: who is in, from which round on,
+and what a newcomer starts from.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod
+from ..core.method import Message, Method, ServerMethod
+from ..core.periodic import PeriodicMethod
+from ..core.protocol import Node, Server
+from ..core.topology import Members
+
+
+class Travel:
+    """How far each parameter moves in one update of the model: root of a running mean of squares, bias corrected."""
+
+    decay = 0.99
+
+    def __init__(self, x: Tensor) -> None:
+        self.square = torch.zeros_like(x)
+        self.weight = 0.0
+        self.last = x
+
+    def gaps(self, x: Tensor, point: Tensor) -> tuple[float, float]:
+        """The gap between the model ``x`` and ``point``: RMSE, and mean in units of each parameter's usual update."""
+        difference = x - point
+        rmse = float(difference.norm()) / x.numel() ** 0.5
+        if not self.weight or not rmse:
+            return rmse, 0.0
+        usual = (self.square / self.weight).sqrt_()
+        return rmse, float(difference.abs_().div_(usual.add_(torch.finfo(x.dtype).tiny)).mean())
+
+    def moved(self, x: Tensor) -> None:
+        """The model is now at ``x``."""
+        if x is not self.last:
+            step = x - self.last
+            self.square.mul_(self.decay).addcmul_(step, step, value=1 - self.decay)
+            self.weight = self.decay * self.weight + 1 - self.decay
+            self.last = x
+
+
+class Ensemble(ABC):
+    """The model that a run as a whole has, and its members."""
+
+    def __init__(self, x0: Tensor) -> None:
+        self.travel = Travel(x0)
+
+    @abstractmethod
+    def x(self) -> Tensor:
+        """The model that would be shipped now. [d]"""
+
+    def mean(self) -> Tensor:
+        """`x`, cheaply and to rounding: what gaps are measured to. [d]"""
+        return self.x()
+
+    def begin(self, nodes: list[Node]) -> None:
+        """The first members, at the start."""
+        for node in nodes:
+            self.enter(node)
+
+    @abstractmethod
+    def enter(self, node: Node) -> bool:
+        """A node comes later: True where it can start at once, False where it waits for a round to begin."""
+
+    @abstractmethod
+    def leave(self, node: Node, orderly: bool) -> dict[int, Message]:
+        """A node has gone; in good order it hands over what it can. Returns replies that this lets out, by node."""
+
+    def arrivals(self, node: Node | None) -> list[Node]:
+        """Newcomers ready to start: who waited for the round that ``node`` begins; None: who waited for the dead."""
+        return []
+
+    def changed(self, node: Node) -> None:
+        """The node's state may have changed."""
+
+    def lag(self, node: Node) -> int:
+        """Updates of the server since the node's last reply; 0 where there is no server."""
+        return 0
+
+    def measure(self, node: Node, push: Message | None) -> dict[str, float]:
+        """Further figures for the trace; ``push`` is what the node is about to bring to the server, if it is."""
+        return {}
+
+
+class Centre(Ensemble):
+    """A run with a server: the model is the server's point."""
+
+    def __init__(self, method: ServerMethod, x0: Tensor) -> None:
+        super().__init__(x0)
+        self.server = Server.start(method, x0)
+
+    def x(self) -> Tensor:
+        return self.server.x()
+
+    def enter(self, node: Node) -> bool:
+        node.state = node.method.init(self.server.join(node.id))
+        return True
+
+    def leave(self, node: Node, orderly: bool) -> dict[int, Message]:
+        return self.server.leave(node.id)
+
+    def lag(self, node: Node) -> int:
+        return self.server.lag(node.id)
+
+    def measure(self, node: Node, push: Message | None) -> dict[str, float]:
+        if push is None:
+            return {}
+        figures = self.server.method.measure(self.server.state, self.server.own[node.id], push)
+        return {name: float(value) for name, value in figures.items()}
+
+
+class Peers(Ensemble):
+    """A run without a server: the model is the mean of the peers' models.
+
+    Peers that go in rounds must agree who takes part in each, so a change of membership counts from the first round
+    that nobody has asked about yet; until then the engine answers for the dead. A newcomer waits until that round
+    begins and starts from the state of the first peer to reach it. Peers that never wait see changes at once.
+    """
+
+    def __init__(self, method: Method, x0: Tensor, seed: int) -> None:
+        super().__init__(x0)
+        self.method = method
+        self.x0 = x0
+        self.seed = seed
+        self.rounds = not isinstance(method, PushGossipMethod | PairGossipMethod)
+        self.nodes: dict[int, Node] = {}
+        self.waiting: list[tuple[int, Node]] = []  # newcomers, and the round that each waits for
+        self.views: list[tuple[int, Members]] = []  # who is in from which round on
+        self.asked = -1  # the latest round whose members anybody knows
+        self.last: Node | None = None  # the last to go, when nobody was left
+        self.revived: list[Node] = []  # newcomers that took over then
+        self.models: dict[int, Tensor] = {}
+        self.total = torch.zeros_like(x0, dtype=torch.float64)
+        self.squares = 0.0
+
+    def view(self, step: int) -> Members:
+        """Who takes part in round ``step``."""
+        if not self.rounds:
+            return self.views[-1][1]
+        self.asked = max(self.asked, step)
+        return next(members for start, members in reversed(self.views) if start <= step)
+
+    def x(self) -> Tensor:
+        nodes = self.nodes.values() or [n for n in (self.last,) if n]
+        return torch.stack([self.method.params(node.state) for node in nodes]).mean(0)
+
+    def begin(self, nodes: list[Node]) -> None:
+        self.views = [(0, tuple(node.id for node in nodes))]
+        for node in nodes:
+            self._seat(node, self.method.init(self.x0), 0)
+
+    def enter(self, node: Node) -> bool:
+        if not self.nodes:
+            self._revive([node])
+            return True
+        if not self.rounds:
+            self._change(0, {node.id}, set())
+            self._join(node, min(self.nodes.values(), key=lambda n: n.id))
+            return True
+        begun = max(n.step for n in self.nodes.values()) + 1
+        start = max(self.asked + 1, begun)
+        if isinstance(self.method, PeriodicMethod):
+            start = self.method.boundary(start)
+        self._change(start, {node.id}, set())
+        self.waiting.append((start, node))
+        return False
+
+    def arrivals(self, node: Node | None) -> list[Node]:
+        if node is None:
+            ready, self.revived = self.revived, []
+            return ready
+        ready = [new for start, new in self.waiting if start <= node.step]
+        self.waiting = [(start, new) for start, new in self.waiting if start > node.step]
+        for new in ready:
+            self._join(new, node)
+        return ready
+
+    def leave(self, node: Node, orderly: bool) -> dict[int, Message]:
+        self._change(self.asked + 1 if self.rounds else 0, set(), {node.id})
+        self.waiting = [(start, new) for start, new in self.waiting if new.id != node.id]
+        if node.id in self.nodes:
+            del self.nodes[node.id]
+            x = self.models.pop(node.id)
+            self.total -= x
+            self.squares -= float(x.double().dot(x.double()))
+            if not self.nodes:
+                self.last = node
+                self._revive([new for _, new in self.waiting])
+            elif orderly and isinstance(self.method, GossipMethod):
+                heir = min(self.nodes.values(), key=lambda n: n.id)
+                heir.state = self.method.inherit(heir.state, node.state)
+                self.changed(heir)
+        return {}
+
+    def changed(self, node: Node) -> None:
+        old, new = self.models[node.id], self.method.params(node.state)
+        if new is not old:
+            self.models[node.id] = new
+            before, after = old.double(), new.double()
+            self.total += after - before
+            self.squares += float(after.dot(after) - before.dot(before))
+
+    def measure(self, node: Node, push: Message | None) -> dict[str, float]:
+        """``consensus``: the RMSE of the peers' parameters to their mean."""
+        n, mean = len(self.nodes), self.total / len(self.nodes)
+        return {"consensus": max(0.0, (self.squares / n - float(mean.dot(mean))) / mean.numel()) ** 0.5}
+
+    def mean(self) -> Tensor:
+        """The mean of the peers' models, kept up to date at the cost of one vector per change. [d]"""
+        return (self.total / len(self.nodes)).to(self.x0.dtype)
+
+    def _join(self, node: Node, donor: Node) -> None:
+        donor.state, state = self.method.welcome(donor.state)
+        self._seat(node, state, donor.step)
+
+    def _revive(self, nodes: list[Node]) -> None:
+        """Nobody is left to wait for: these take up where the last one stopped."""
+        assert self.last is not None
+        self.waiting, self.revived = [], nodes
+        self.views = [(0, tuple(sorted(node.id for node in nodes)))]
+        for node in nodes:
+            self._join(node, self.last)
+
+    def _seat(self, node: Node, state: Any, step: int) -> None:
+        node.view, node.seed, node.state, node.step = self.view, self.seed, state, step
+        self.nodes[node.id] = node
+        x = self.models[node.id] = self.method.params(state)
+        self.total += x
+        self.squares += float(x.double().dot(x.double()))
+
+    def _change(self, start: int, come: set[int], gone: set[int]) -> None:
+        """From round ``start`` on these have come and those have gone."""
+
+        def changed(members: Members) -> Members:
+            return tuple(sorted(set(members) - gone | come))
+
+        earlier = [v for v in self.views if v[0] < start]
+        at = next(members for begin, members in reversed(self.views) if begin <= start)
+        later = [(begin, changed(members)) for begin, members in self.views if begin > start]
+        self.views = [*earlier, (start, changed(at)), *later] if self.rounds else [(0, changed(at))]
+
+
+def ensemble(method: Method, x0: Tensor, seed: int) -> Ensemble:
+    """The ensemble of this kind of method, for a run that starts at ``x0``."""
+    return Centre(method, x0) if isinstance(method, ServerMethod) else Peers(method, x0, seed)
+
+
+def average(messages: list[Message]) -> Message:
+    """The mean of messages of one shape, in their order: tensors, or tuples of them part by part."""
+    if isinstance(messages[0], Tensor):
+        return torch.stack(messages).mean(0)
+    return tuple(average(list(part)) for part in zip(*messages, strict=True))

@@ -1,0 +1,102 @@
+"""Flattening: a module's parameters as one vector, and their gradients as another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+class Flat:
+    """Makes a module's trainable parameters views of one vector, and their ``.grad`` views of a second one.
+
+    Writing to ``data`` changes the module, and ``backward()`` adds to ``grad``: nothing is copied. Both are
+    ``Tensor[d]`` of the parameters' dtype and device. The order is that of ``module.parameters()``, each parameter
+    row-major, so that equal models have equal vectors whatever their memory format, and ``vector_to_parameters`` of
+    ``torch.nn.utils`` reads the vector into another copy of a model that has nothing frozen. The module works as
+    before, with any optimizer; gradients that it holds already are kept.
+
+    - A parameter with ``requires_grad=False`` is left out: the module keeps it as it is. The choice is made here, once:
+      freeze or unfreeze before, not after (a parameter frozen later stays in, with gradient 0).
+    - A parameter used in several places (tied weights) appears once.
+    - A parameter in another memory format (``channels_last``) becomes contiguous; its values and results stay.
+    - Buffers (running statistics) are no parameters and are left out.
+
+    Raises ``ValueError`` for a module without trainable parameters, with parameters of several dtypes or devices, with
+    parameters that have no shape yet, or with distinct parameters in the same memory.
+    """
+
+    data: Tensor
+    """The parameters, ``Tensor[d]``."""
+    grad: Tensor
+    """Their gradients, ``Tensor[d]``; call `gather` before reading it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        _check(module, named)
+        first = named[0][1]
+        sizes = [p.numel() for _, p in named]
+        self.data = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        self.grad = torch.zeros_like(self.data)
+        self._parts: list[tuple[str, nn.Parameter, Tensor, Tensor]] = []
+        for (name, p), data, grad in zip(
+            named, torch.split(self.data, sizes), torch.split(self.grad, sizes), strict=True
+        ):
+            data, grad = data.view(p.shape), grad.view(p.shape)
+            data.copy_(p.detach())
+            p.data = data
+            self._parts.append((name, p, data, grad))
+        self.gather()
+
+    def gather(self) -> Tensor:
+        """The vector ``grad`` once it holds every parameter's gradient: call it after ``backward()``.
+
+        Costs almost nothing where the gradients are still views of it. One that is not, because
+        ``zero_grad(set_to_none=True)`` dropped it (the default of every optimizer) and ``backward()`` made another, is
+        copied in and made a view again; one that is missing counts as 0. Raises ``RuntimeError`` where a parameter
+        itself has left the vector.
+        """
+        for name, p, data, grad in self._parts:
+            # Moved or cast, the module would train apart from the vector, and nothing else would tell.
+            if p.data_ptr() != data.data_ptr():
+                raise RuntimeError(
+                    f"parameter {name} has left its flat vector: the module was moved, cast or flattened again. "
+                    "Move or cast it first (module.to(...)), then flatten it, once"
+                )
+            if p.grad is grad:
+                continue
+            if p.grad is None:
+                grad.zero_()
+            else:
+                new = p.grad.detach()
+                grad.copy_(new if new.layout is torch.strided else new.to_dense())
+            p.grad = grad
+        return self.grad
+
+
+def _check(module: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
+    kind = type(module).__name__
+    if not named:
+        raise ValueError(f"{kind} has no trainable parameters: give a module with requires_grad=True somewhere")
+    if lazy := [name for name, p in named if is_lazy(p)]:
+        raise ValueError(
+            f"{kind} has parameters without a shape ({', '.join(lazy)}): run the module on one batch first, "
+            "or name the sizes instead of using Lazy layers"
+        )
+    first_name, first = named[0]
+    if odd := [f"{name} is {p.dtype} on {p.device}" for name, p in named if _place(p) != _place(first)]:
+        raise ValueError(
+            f"{kind} mixes dtypes or devices: {first_name} is {first.dtype} on {first.device}, but {', '.join(odd)}. "
+            "Bring the trainable parameters together with module.to(device, dtype), or freeze the others"
+        )
+    seen: dict[int, str] = {}
+    for name, p in named:
+        if p.numel() and (other := seen.setdefault(p.data_ptr(), name)) != name:
+            raise ValueError(
+                f"{kind}.{name} and {kind}.{other} are two parameters in the same memory: "
+                "tie them by assigning one Parameter to both"
+            )
+
+
+def _place(p: Tensor) -> tuple[torch.dtype, torch.device]:
+    return p.dtype, p.device

@@ -1,0 +1,63 @@
+"""What the test files share: one small problem, and what "equal" means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import pytest
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-9  # relative, in float64: rounding stays far below it, a wrong term far above
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Bowl:
+    """A convex, coupled, slightly non-quadratic bowl; the noise of a gradient is a pure function of (worker, step)."""
+
+    d: int = 7
+    noise: float = 0.3
+    dtype: torch.dtype = torch.float64
+
+    @cached_property
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
+        k = torch.arange(1, self.d + 1, dtype=torch.float64)
+        mix = torch.sin(torch.outer(k, k))
+        hessian = torch.diag(torch.logspace(0, -1, self.d, dtype=torch.float64)) + 0.2 * mix @ mix.T / self.d
+        return tuple(t.to(self.dtype) for t in (hessian, 2 + torch.cos(k), k))  # type: ignore[return-value]
+
+    def x0(self) -> Tensor:
+        return torch.linspace(-1, 1, self.d, dtype=self.dtype) + 0.15
+
+    def grad(self, x: Tensor, worker: int, step: int) -> tuple[Tensor, Tensor]:
+        hessian, optimum, k = self.numbers
+        off = x - optimum
+        pull, root = hessian @ off, (1 + off * off).sqrt()
+        noise = self.noise * torch.sin(k * (0.7 + 1.3 * step + 2.9 * worker))
+        return pull + 0.1 * off / root + noise, 0.5 * off @ pull + 0.1 * (root.sum() - self.d)
+
+    def evaluate(self, x: Tensor) -> dict[str, float]:
+        return {"loss": float(self.grad(x, 0, 0)[1])}
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """The largest relative error, row by row, of two histories [steps, d] (or of two vectors)."""
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype == torch.float64
+    worst = ((a - b).norm(dim=-1) / b.norm(dim=-1)).max()
+    return float(worst) if torch.isfinite(a).all() else float("inf")
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return error(a, b) <= TOLERANCE
+
+
+def differ(a: Tensor, b: Tensor) -> bool:
+    """Not equal, and by far more than rounding."""
+    return error(a, b) > 1e-4
