@@ -18,7 +18,9 @@ OUT = Path("runs/bench")
 
 
 def main() -> None:
-    names = sys.argv[1:] or sorted(p.stem for p in HERE.glob("*.py") if p.stem not in ("__init__", "__main__", "measure"))
+    names = sys.argv[1:] or sorted(
+        p.stem for p in HERE.glob("*.py") if p.stem not in ("__init__", "__main__", "measure")
+    )
     OUT.mkdir(parents=True, exist_ok=True)
     console = Console()
     machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
@@ -30,9 +32,13 @@ def main() -> None:
         for column in ("what", "unit", "min", "median", "max"):
             table.add_column(column, justify="left" if column in ("what", "unit") else "right")
         for row in rows:
-            table.add_row(row.what, row.unit, *(f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in (row.low, row.median, row.high)))
+            table.add_row(
+                row.what, row.unit, *(f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in (row.low, row.median, row.high))
+            )
         console.print(table)
-        (OUT / f"{name}.json").write_text(json.dumps({"versions": machine, "rows": [asdict(r) for r in rows]}, indent=1))
+        (OUT / f"{name}.json").write_text(
+            json.dumps({"versions": machine, "rows": [asdict(r) for r in rows]}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ def tick(processes: int) -> None:
 
 def run() -> list[Row]:
     return [
-        Row(f"bare event core, {n} processes", "events/s", tuple(EVENTS / seconds(lambda n=n: tick(n)) for _ in range(5)))
+        Row(
+            f"bare event core, {n} processes",
+            "events/s",
+            tuple(EVENTS / seconds(lambda n=n: tick(n)) for _ in range(5)),
+        )
         for n in (16, 1_024, 10_000)
     ]

@@ -62,7 +62,16 @@ def cell(name: str, workers: int, seed: int) -> dict[str, object]:
 def table(cells: list[dict[str, object]]) -> Table:
     """Our final training losses beside the paper's."""
     view = Table(title="Final training loss, MNIST, one epoch per worker (lr 0.05, momentum 0.9, batch 64)")
-    for column in ("method", "workers", "seed", "ours", "paper, fig. 1d", "ours / paper", "paper, fig. 1a-c", "accuracy"):
+    for column in (
+        "method",
+        "workers",
+        "seed",
+        "ours",
+        "paper, fig. 1d",
+        "ours / paper",
+        "paper, fig. 1a-c",
+        "accuracy",
+    ):
         view.add_column(column, justify="left" if column == "method" else "right")
     for c in sorted(cells, key=lambda c: (str(c["method"]) != "GEM", c["workers"], c["seed"])):
         end, tail = PAPER[str(c["method"])][int(str(c["workers"]))]
@@ -89,14 +98,14 @@ def picture(cells: list[dict[str, object]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     shades = {"GEM": plt.get_cmap("Blues"), "Downpour": plt.get_cmap("Oranges")}
-    figure, (curves, ends) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for c in cells:
+    figure, (curves, ends) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for c in sorted(cells, key=lambda c: (str(c["method"]) != "GEM", c["workers"])):
         name, workers = str(c["method"]), int(str(c["workers"]))
         shade = shades[name](0.35 + 0.6 * WORKERS.index(workers) / (len(WORKERS) - 1))
         label = f"{name}, {workers}"
         curves.plot([b * 20 + 10 for b in range(len(c["curve"]))], c["curve"], color=shade, label=label)  # type: ignore[arg-type]
     curves.set(yscale="log", xlabel="gradients of each worker", ylabel="training loss")
-    curves.legend(frameon=False, ncols=2, fontsize=9, title="method, workers")
+    curves.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     for name, colour in (("GEM", "#2171b5"), ("Downpour", "#d94801")):
         ours = [(c["workers"], c["final"]) for c in sorted(cells, key=lambda c: c["workers"]) if c["method"] == name]  # type: ignore[arg-type, return-value]
         ends.plot(*zip(*ours, strict=True), "o-", color=colour, label=f"{name}, offbeat")
@@ -111,7 +120,9 @@ def picture(cells: list[dict[str, object]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/gem_mnist"), help="folder for results.json and the picture")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gem_mnist"), help="folder for results.json and the picture"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each cell per seed")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count(), help="processes")
     args = parser.parse_args()
