@@ -12,10 +12,26 @@ __version__ = "0.1.0"
 
 from . import methods, tasks
 from .core.descent import SGD, Adam, AdamW, Rule
+from .core.gossip import AveragingGossipMethod, GossipMethod, PairGossipMethod, PushGossipMethod, RoundGossipMethod
 from .core.master import Correction, Master, Uncorrected
 from .core.method import GradientServer, Local, Method, ServerMethod
+from .core.periodic import OuterMethod, PeriodicMethod
 from .core.problem import Problem
 from .core.schedule import Constant, Cosine, MultiStep, Product, Schedule, Sequence, Warmup
+from .core.topology import (
+    Complete,
+    Exponential,
+    Graph,
+    Mixing,
+    OnePeerExponential,
+    RandomMatching,
+    RandomPeer,
+    RandomPull,
+    Ring,
+    Star,
+    Topology,
+    Torus,
+)
 from .engines.cluster import Cluster, Crash, Join, Leave
 from .engines.simulator import Run, simulate
 from .engines.speed import Fixed, Gamma, LogNormal, Recorded, Speed
@@ -27,7 +43,9 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "AveragingGossipMethod",
     "Cluster",
+    "Complete",
     "Constant",
     "Correction",
     "Cosine",
@@ -35,10 +53,13 @@ __all__ = [
     "Deadlock",
     "Diverged",
     "Event",
+    "Exponential",
     "Failure",
     "Fixed",
     "Gamma",
+    "GossipMethod",
     "GradientServer",
+    "Graph",
     "Incident",
     "Join",
     "Leave",
@@ -46,17 +67,31 @@ __all__ = [
     "LogNormal",
     "Master",
     "Method",
+    "Mixing",
     "MultiStep",
+    "OnePeerExponential",
+    "OuterMethod",
+    "PairGossipMethod",
+    "PeriodicMethod",
     "Problem",
     "Product",
+    "PushGossipMethod",
+    "RandomMatching",
+    "RandomPeer",
+    "RandomPull",
     "Recorded",
+    "Ring",
+    "RoundGossipMethod",
     "Rule",
     "Run",
     "Schedule",
     "Sequence",
     "ServerMethod",
     "Speed",
+    "Star",
     "Supervised",
+    "Topology",
+    "Torus",
     "Trace",
     "Uncorrected",
     "Warmup",

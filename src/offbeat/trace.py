@@ -56,18 +56,32 @@ class Trace(Sequence[Event]):
 
     def __init__(self, header: dict[str, Any] | None = None) -> None:
         self.header: dict[str, Any] = header or {}
-        self.incidents: list[Incident] = []
-        self.evaluations: list[Evaluation] = []
+        self._notes: list[tuple[int, Incident | Evaluation]] = []  # and after how many events
         self._columns = {name: array(code) for name, code in _COLUMNS.items()}
         self._extra: dict[str, array[float]] = {}
 
     def add(self, event: Event) -> None:
         for name, column in self._columns.items():
             column.append(getattr(event, name))
-        for name in event.extra.keys() - self._extra.keys():
-            self._extra[name] = array("d", [math.nan] * (len(self) - 1))
+        for name in event.extra:
+            if name not in self._extra:
+                self._extra[name] = array("d", [math.nan] * (len(self) - 1))
         for name, figures in self._extra.items():
             figures.append(event.extra.get(name, math.nan))
+
+    def note(self, note: Incident | Evaluation) -> None:
+        """Record something that is no gradient."""
+        self._notes.append((len(self), note))
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """What happened to workers, in order."""
+        return [note for _, note in self._notes if isinstance(note, Incident)]
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """How good the shipped model was, in order."""
+        return [note for _, note in self._notes if isinstance(note, Evaluation)]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -91,8 +105,8 @@ class Trace(Sequence[Event]):
     def __getitem__(self, index: int | slice) -> Event | list[Event]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        values = [column[index] for column in self._columns.values()]
-        return Event(*values, {name: column[index] for name, column in self._extra.items()})
+        values: dict[str, Any] = {name: column[index] for name, column in self._columns.items()}
+        return Event(**values, extra={name: column[index] for name, column in self._extra.items()})
 
     def __iter__(self) -> Iterator[Event]:
         return (self[i] for i in range(len(self)))
@@ -105,11 +119,12 @@ class Trace(Sequence[Event]):
 
     def _lines(self) -> Iterator[str]:
         yield json.dumps({"format": FORMAT, **self.header})
-        notes: list[tuple[float, dict[str, Any]]] = [(i.seconds, {"incident": i._asdict()}) for i in self.incidents]
-        notes += [(e.seconds, {"evaluation": e._asdict()}) for e in self.evaluations]
-        notes.sort(key=lambda note: note[0], reverse=True)
-        for event in self:
-            while notes and notes[-1][0] < event.seconds:
+        notes = [
+            (place, {"incident" if isinstance(note, Incident) else "evaluation": note._asdict()})
+            for place, note in reversed(self._notes)
+        ]
+        for count, event in enumerate(self):
+            while notes and notes[-1][0] <= count:
                 yield json.dumps(notes.pop()[1])
             fields = event._asdict()
             extra = fields.pop("extra")
@@ -126,7 +141,7 @@ class Trace(Sequence[Event]):
     def read(cls, path: str | Path) -> Trace:
         """The trace in the file ``path``; ``ValueError`` with the line where it is none."""
         trace = cls()
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
             for number, line in enumerate(file, start=1):
                 try:
                     trace._take(json.loads(line), first=number == 1)
@@ -139,15 +154,17 @@ class Trace(Sequence[Event]):
             raise ValueError(f"{path} is empty: it is no {FORMAT!r} file")
         return trace
 
-    def _take(self, line: dict[str, Any], first: bool) -> None:
+    def _take(self, line: Any, first: bool) -> None:
+        if not isinstance(line, dict):
+            raise TypeError("it is no object")
         if first:
             if line.pop("format", None) != FORMAT:
                 raise ValueError(f"the header does not say {FORMAT!r}")
             self.header = line
         elif "incident" in line:
-            self.incidents.append(Incident(**line["incident"]))
+            self.note(Incident(**line["incident"]))
         elif "evaluation" in line:
-            self.evaluations.append(Evaluation(**line["evaluation"]))
+            self.note(Evaluation(**line["evaluation"]))
         else:
             extra = {name: line.pop(name) for name in list(line) if name not in _COLUMNS}
             self.add(Event(**line, extra=extra))

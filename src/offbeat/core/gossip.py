@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .method import Descending, Message, RuleMethod
 from .topology import RandomPeer, Topology
-from .values import require
+from .values import require_count, require_kind
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class GossipMethod(RuleMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "topology", isinstance(self.topology, Topology), "must be a Topology such as Ring()")
-        require(self, "period", self.period >= 1, "must be at least 1")
+        require_kind(self, "topology", Topology, "Ring()")
+        require_count(self, "period")
 
     def check(self, n: int) -> None:
         self.topology.check(n)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 from torch import Tensor
 
 from .descent import SGD, Rule
-from .values import require
+from .values import require_kind
 
 Message = Any
 """A tensor, or a tuple of tensors; its size is the sum of ``numel * element_size``."""
@@ -102,7 +102,7 @@ class RuleMethod(Averageable):
     """How one gradient moves the parameters; its schedules count this worker's steps."""
 
     def __post_init__(self) -> None:
-        require(self, "rule", isinstance(self.rule, Rule), "must be a Rule such as SGD(0.05)")
+        require_kind(self, "rule", Rule, "SGD(0.05)")
 
     def init(self, start: Tensor) -> Any:
         return Descending(start, self.rule.init(start))

@@ -16,7 +16,7 @@ from torch import Tensor
 from .gossip import PairGossipMethod, PushGossipMethod, RoundGossipMethod
 from .method import Averageable, Local, Message
 from .topology import Members
-from .values import require
+from .values import require, require_count
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class OuterMethod(PeriodicMethod):
             raise TypeError(
                 f"{type(self).__name__}.inner = {self.inner!r}: must be a Local, round gossip or periodic method"
             )
-        require(self, "period", self.period >= 1, "must be at least 1")
+        require_count(self, "period")
         known = ("maintain", "reset", "average")
         require(self, "buffering", self.buffering in known, f"must be one of {', '.join(known)}")
 

@@ -27,6 +27,8 @@ class Gradient(NamedTuple):
     """Take a minibatch gradient at ``x``. Answer: the gradient [d]. A run ends only here."""
 
     x: Tensor
+    free: bool = True
+    """Whether the worker has delivered all that it has worked for, so that it may leave here and nothing is lost."""
 
 
 class Ask(NamedTuple):
@@ -90,15 +92,15 @@ def loop(method: Method, node: Node) -> Loop:
 @loop.register
 def _local(method: Local, node: Node) -> Loop:
     while True:
-        yield from _step(method, node, node)
+        yield from _step(method, node)
         node.step += 1
 
 
 @loop.register
 def _server(method: ServerMethod, node: Node) -> Loop:
     while True:
-        for _ in range(method.length(node.state)):
-            yield from _step(method, node, node)
+        for k in range(method.length(node.state)):
+            yield from _step(method, node, free=k == 0)
             node.step += 1
         reply = yield Ask(SERVER, method.push(node.state))
         node.state = method.pull(node.state, reply)
@@ -107,7 +109,7 @@ def _server(method: ServerMethod, node: Node) -> Loop:
 @loop.register
 def _push(method: PushGossipMethod, node: Node) -> Loop:
     while True:
-        yield from _step(method, node, node)
+        yield from _step(method, node)
         for _, msg in (yield Inbox()):
             node.state = method.receive(node.state, msg)
         peer = _partner(method, node)
@@ -121,7 +123,7 @@ def _push(method: PushGossipMethod, node: Node) -> Loop:
 @loop.register
 def _pair(method: PairGossipMethod, node: Node) -> Loop:
     while True:
-        yield from _step(method, node, node)
+        yield from _step(method, node)
         peer = _partner(method, node)
         if peer is not None:
             reply = yield Ask(peer, method.offer(node.state))
@@ -158,22 +160,22 @@ class _Inner:
         self._around.state = self._around.state._replace(inner=value)
 
 
-def _step(method: Method, cell: Cell, node: Node) -> Loop:
+def _step(method: Method, cell: Cell, free: bool = True) -> Loop:
     """One gradient and what the worker does with it."""
-    g = yield Gradient(method.params(cell.state))
+    g = yield Gradient(method.params(cell.state), free)
     cell.state = method.local(cell.state, g)
 
 
-def _turn(method: Method, cell: Cell, node: Node) -> Loop:
+def _turn(method: Method, cell: Cell, node: Node, free: bool = True) -> Loop:
     """One step of a method that goes in rounds, with the messages that belong to it; of an outer method, one block."""
     if isinstance(method, OuterMethod):
         below = _Inner(cell)
-        for _ in range(method.length(node.step)):
-            yield from _turn(method.inner, below, node)
+        for k in range(method.length(node.step)):
+            yield from _turn(method.inner, below, node, free and k == 0)
         if isinstance(method.inner, RoundGossipMethod):
             yield from _collect(method.inner, below, node)
     else:
-        yield from _step(method, cell, node)
+        yield from _step(method, cell, free)
         if isinstance(method, RoundGossipMethod) and method.talks(node.step, 0.0):
             yield from _gossip(method, cell, node)
         node.step += 1

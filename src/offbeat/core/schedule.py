@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .values import require
+from .values import require, require_count
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Warmup(Schedule):
     """The factor just before the first step, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        require(self, "steps", self.steps >= 1, "must be at least 1 step")
+        require_count(self, "steps")
         require(self, "start", 0 <= self.start <= 1, "must be in [0, 1]")
 
     def at(self, step: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Cosine(Schedule):
     """The factor at the end, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        require(self, "steps", self.steps >= 1, "must be at least 1 step")
+        require_count(self, "steps")
         require(self, "floor", 0 <= self.floor <= 1, "must be in [0, 1]")
 
     def at(self, step: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Sequence(Schedule):
     then: Schedule
 
     def __post_init__(self) -> None:
-        require(self, "steps", self.steps >= 1, "must be at least 1 step")
+        require_count(self, "steps")
 
     def at(self, step: Tensor) -> Tensor:
         later = (step - self.steps).clamp(min=0.0)

@@ -29,6 +29,18 @@ def require_nonnegative(owner: object, field: str) -> None:
     require(owner, field, 0 <= getattr(owner, field) < math.inf, "must be finite and at least 0")
 
 
+def require_count(owner: object, field: str, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``."""
+    value = getattr(owner, field)
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(owner, field, whole, f"must be a whole number, at least {least}")
+
+
+def require_kind(owner: object, field: str, kind: type, example: str) -> None:
+    """Refuse what is no ``kind``."""
+    require(owner, field, isinstance(getattr(owner, field), kind), f"must be a {kind.__name__} such as {example}")
+
+
 def unknown(what: str, name: str, known: Mapping[str, object] | list[str]) -> str:
     """The message for a name that nobody knows, with the nearest known names first."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
@@ -43,9 +55,13 @@ def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> Any:
     """
     try:
         tree = ast.parse(text.strip(), mode="eval")
+        return _build(tree.body, text, names)
     except SyntaxError as error:
         raise ValueError(f"cannot read the value {text!r}: {error.msg}") from None
-    return _build(tree.body, text, names)
+    except TypeError as error:  # a constructor was called with what it does not take
+        raise ValueError(f"cannot read the value {text!r}: {error}") from None
+    except (RecursionError, MemoryError):
+        raise ValueError(f"cannot read the value {text[:40]!r}...: it is nested too deeply") from None
 
 
 def _build(node: ast.expr, text: str, names: Mapping[str, Callable[..., Any]]) -> Any:
@@ -57,7 +73,10 @@ def _build(node: ast.expr, text: str, names: Mapping[str, Callable[..., Any]]) -
         args = [_build(a, text, names) for a in node.args]
         return names[node.func.id](*args, **{str(k.arg): _build(k.value, text, names) for k in node.keywords})
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):  # 0.1 * Warmup(500)
-        return _build(node.left, text, names) * _build(node.right, text, names)
+        factors = _build(node.left, text, names), _build(node.right, text, names)
+        if any(isinstance(f, str | bytes | tuple) for f in factors):
+            raise ValueError(f"cannot read {ast.unparse(node)!r}: only numbers and schedules can be multiplied")
+        return factors[0] * factors[1]
     if isinstance(node, ast.Tuple):
         return tuple(_build(e, text, names) for e in node.elts)
     if isinstance(node, ast.Name) and node.id in ("inf", "nan"):  # how Python prints these two floats

@@ -28,7 +28,7 @@ class Join(Membership):
 
 
 class Leave(Membership):
-    """A worker finishes the gradient it is at, delivers it, and goes."""
+    """A worker finishes what it is at, delivers it, and goes: the gradient, or the period that the method exchanges after."""
 
 
 class Crash(Membership):

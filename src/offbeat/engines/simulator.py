@@ -6,6 +6,7 @@ that takes time; the engine answers and never knows which method it runs. The sa
 
 from __future__ import annotations
 
+import math
 import platform
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from .. import __version__
 from ..core.gossip import GossipMethod, PairGossipMethod
-from ..core.method import Message, Method
+from ..core.method import Local, Message, Method
 from ..core.problem import Problem
 from ..core.protocol import SERVER, AllReduce, Ask, Gradient, Loop, Node, Recv, Request, Send, loop
 from ..core.topology import Members
+from ..core.values import refuse
 from ..failure import Deadlock, Diverged, Failure, WorkerLost
 from ..trace import Evaluation, Event, Incident, Trace
 from .clock import Clock
@@ -94,7 +96,9 @@ class _Worker:
     times: Iterator[float]
     steps: int = 0  # gradients started
     visits: int = 0  # by others, since its gradient was started
+    computing: bool = False
     leaving: bool = False
+    returning: bool = False  # to join again as soon as it has left
     waits: Request | None = None
     inbox: deque[tuple[int, Message]] = field(default_factory=deque)
 
@@ -126,11 +130,16 @@ class Simulation:
         if evaluate_every is not None and evaluate_every < 1:
             raise ValueError(f"evaluate_every = {evaluate_every!r}: must be at least 1, or None")
         method.check(cluster.workers)
+        if isinstance(method, Local) and cluster.events:
+            refuse(
+                cluster, "events", cluster.events, f"{method.name!r} sends no messages, so nobody can join or leave it"
+            )
         self.method, self.problem, self.cluster, self.gradients, self.seed = method, problem, cluster, gradients, seed
         self.evaluate_every, self.watch = evaluate_every, watch
         self.x0 = problem.x0()
         self.clock = Clock()
         self.granted = 0
+        self.evaluated = 0
         self.workers: dict[int, _Worker] = {}
         self.streams: dict[int, Iterator[float]] = {}
         self.steps: dict[int, int] = {}
@@ -164,8 +173,9 @@ class Simulation:
             pass
         if self.granted < self.gradients:
             raise self._stuck()
-        x = self.ensemble.x()
-        return Run(x, self.trace, self.trace[-1].seconds, self._evaluate(x))
+        self._evaluate()
+        last = self.trace.evaluations[-1]
+        return Run(self.ensemble.x(), self.trace, last.seconds, last.figures)
 
     # who is there
 
@@ -180,28 +190,36 @@ class Simulation:
     def _member(self, event: Membership) -> None:
         if len(self.trace) >= self.gradients:
             return  # what happens to workers after the last gradient is nobody's business
-        if isinstance(event, Join):
+        if isinstance(event, Join) and event.worker in self.workers:  # it is still at its last gradient
+            self.workers[event.worker].returning = True
+        elif isinstance(event, Join):
             node = Node(event.worker, self.method)
             self.newcomers[event.worker] = node
-            self.trace.incidents.append(Incident(self.clock.now, event.worker, "joined"))
+            self.trace.note(Incident(self.clock.now, event.worker, "joined"))
             if self.ensemble.enter(node):
                 self._start(node)
         elif event.worker not in self.workers:  # a newcomer that still waits for its round
             self.ensemble.leave(self.newcomers[event.worker], orderly=isinstance(event, Leave))
-            self.trace.incidents.append(Incident(self.clock.now, event.worker, "left"))
+            self.trace.note(Incident(self.clock.now, event.worker, "left" if isinstance(event, Leave) else "crashed"))
         elif isinstance(event, Leave):
             self.workers[event.worker].leaving = True
+            self.workers[event.worker].returning = False
         elif isinstance(event, Crash):
             worker = self.workers[event.worker]
-            lost = isinstance(worker.waits, Gradient)
-            self.granted -= lost  # somebody else takes it
+            worker.returning = False
+            lost, worker.computing = worker.computing, False
             self._gone(worker, "crashed", int(lost))
+            if lost:  # somebody else takes it
+                self.granted -= 1
+                for other in list(self.workers.values()):
+                    if isinstance(other.waits, Gradient) and not other.computing:
+                        self._grant(other)
 
     def _gone(self, worker: _Worker, what: str, lost: int = 0) -> None:
         del self.workers[worker.node.id]
         self.steps[worker.node.id] = worker.steps
         worker.loop.close()
-        self.trace.incidents.append(Incident(self.clock.now, worker.node.id, what, lost))
+        self.trace.note(Incident(self.clock.now, worker.node.id, what, lost))
         orderly = what == "left"
         if orderly and isinstance(self.method, GossipMethod):
             for _, message in worker.inbox:
@@ -214,6 +232,8 @@ class Simulation:
             self._reduce(members)
         for newcomer in self.ensemble.arrivals(None):
             self._start(newcomer)
+        if worker.returning:
+            self._member(Join(worker.node.id, self.clock.now))
 
     # what happens
 
@@ -222,6 +242,9 @@ class Simulation:
         if self.workers.get(worker.node.id) is not worker:
             return  # it crashed meanwhile
         assert isinstance(worker.waits, Gradient)
+        if self.evaluate_every and len(self.trace) % self.evaluate_every == 0:
+            self._evaluate()
+        worker.computing = False
         x, step = worker.waits.x, worker.steps - 1
         g, loss = self.problem.grad(x, worker.node.id, step)
         self._check(g, loss, worker.node.id, step)
@@ -260,13 +283,15 @@ class Simulation:
     def _grant(self, worker: _Worker) -> None:
         for newcomer in self.ensemble.arrivals(worker.node):
             self._start(newcomer)
-        if worker.leaving:
+        assert isinstance(worker.waits, Gradient)
+        if worker.leaving and worker.waits.free:
             self._gone(worker, "left")
         elif self.granted < self.gradients:
             self.granted += 1
             worker.steps += 1
+            worker.computing = True
             worker.visits = 0
-            self.clock.at(self.clock.now + next(worker.times), 1, self._finish, worker)
+            self.clock.at(self.clock.now + next(worker.times), 2, self._finish, worker)  # after all that it may see
 
     def _resume(self, worker: _Worker, answer: Any) -> None:
         """What the worker waited for is there: it goes on next, at the same time."""
@@ -342,16 +367,18 @@ class Simulation:
         self.trace.add(event)
         if self.watch:
             self.watch(event)
-        if self.evaluate_every and len(self.trace) % self.evaluate_every == 0:
-            self._evaluate(self.ensemble.x())
 
-    def _evaluate(self, x: Tensor) -> dict[str, float]:
+    def _evaluate(self) -> None:
+        """Evaluate the model after the gradients so far, once."""
+        if self.evaluated == len(self.trace):
+            return
+        self.evaluated = len(self.trace)
+        x = self.ensemble.x()
         if not bool(torch.isfinite(x).all()):
             worker = self.trace[-1].worker
             raise self._failed(Diverged, "the parameters are not finite", worker, self.trace[-1].step)
         figures = {name: float(value) for name, value in self.problem.evaluate(x).items()}
-        self.trace.evaluations.append(Evaluation(self.clock.now, len(self.trace), figures))
-        return figures
+        self.trace.note(Evaluation(self.trace[-1].seconds, len(self.trace), figures))
 
     # failures
 
@@ -360,11 +387,12 @@ class Simulation:
             shape = f"{tuple(g.shape)} {g.dtype}" if isinstance(g, Tensor) else type(g).__name__
             wanted = f"{tuple(self.x0.shape)} {self.x0.dtype}"
             raise self._failed(Diverged, f"the gradient is {shape}, the parameters are {wanted}", worker, step)
-        if not bool(torch.isfinite(torch.dot(g, g))) or not bool(torch.isfinite(torch.as_tensor(loss))):
+        finite = math.isfinite(float(torch.dot(g, g))) or bool(torch.isfinite(g).all())  # the first is faster
+        if not finite or not math.isfinite(float(loss)):
             raise self._failed(Diverged, f"gradient or loss is not finite (loss {float(loss)})", worker, step)
 
     def _failed(self, failure: type[Diverged], what: str, worker: int, step: int) -> Failure:
-        self.trace.incidents.append(Incident(self.clock.now, worker, "diverged"))
+        self.trace.note(Incident(self.clock.now, worker, "diverged"))
         place = f"worker {worker}, step {step}, at {self.clock.now:.6g} s after {len(self.trace)} gradients"
         cure = "lower the learning rate or lengthen the warm-up" if "finite" in what else "correct the problem's grad"
         return failure(f"{type(self.method).__name__} diverged at {place}: {what}; {cure}", self.trace, worker, step)

@@ -21,7 +21,7 @@ class ADPSGD(PairGossipMethod, name="ad-psgd"):
     Differences from the paper: a visit moves both by the same difference, so the sum of the two stays the same also
     when one of them has moved while the answer was under way. No bipartite graph is needed, as a peer answers visits at
     any time. Others' visits during a gradient change the point to which it is then applied, as in the paper.
-    Weight decay is the rule's, at the point of application; the mean over peers is shipped. A peer that dies takes its own
+    Weight decay is the rule's, at the point of application; the mean over peers is evaluated. A peer that dies takes its own
     progress along, and never half a visit; one that joins copies the model of one that lives, which moves the mean.
     """
 

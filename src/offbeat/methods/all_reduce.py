@@ -27,7 +27,7 @@ class AllReduce(RuleMethod, PeriodicMethod):
 
     Jin, Yuan, Iandola, Keutzer. How to scale distributed deep learning? arXiv:1611.04581.
     Differences from the paper: gradients are averaged, and then any rule is applied; the paper averages momentum steps,
-    which for SGD is the same. The mean model is shipped (all are equal).
+    which for SGD is the same. The mean model is evaluated (all are equal).
     Weight decay is the rule's. A peer that dies is left out of the mean from then on and takes nothing along; one that
     joins gets a peer's whole state at the next step, buffers included. Batch normalisation, if any, is per peer.
     """

@@ -24,7 +24,7 @@ class ASGD(Master):
     Dean et al. Large Scale Distributed Deep Networks. NIPS 2012.
     Differences from the paper: no Adagrad at the server; one gradient per visit (`Downpour` has longer periods); an
     optional heavy-ball momentum shared by all workers, which `GapAware` builds on.
-    Weight decay acts at the master's point. Nothing is kept for a worker, so workers come and go without a trace.
+    Weight decay acts at the master's point, evaluation uses theta. Nothing is kept for a worker, so workers come and go without a trace.
     """
 
     momentum: float = 0.0

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core.descent import Adam, AdamState
 from ..core.master import Master, Number
 from ..core.schedule import Rate
+from ..core.values import require
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class AsyncAdam(Master):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._adam()
+        require(self, "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "must be two in [0, 1)")
+        require(self, "eps", self.eps > 0, "must be above 0")
 
     def _adam(self) -> Adam:
         return Adam(self.lr, betas=self.betas, eps=self.eps)

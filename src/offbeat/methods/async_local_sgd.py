@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.descent import SGD, Rule, count
 from ..core.method import ServerMethod
 from ..core.schedule import Rate, rate, require_rate
-from ..core.values import require
+from ..core.values import require, require_count, require_kind
 
 
 class Sprinter(NamedTuple):
@@ -66,8 +66,8 @@ class AsyncLocalSGD(ServerMethod, name="async-local-sgd"):
     """Outer learning rate (eps), above 0, or a schedule of the pseudo-gradients applied."""
 
     def __post_init__(self) -> None:
-        require(self, "rule", isinstance(self.rule, Rule), "must be a Rule such as SGD(0.05)")
-        require(self, "period", self.period >= 1, "must be at least 1")
+        require_kind(self, "rule", Rule, "SGD(0.05)")
+        require_count(self, "period")
         require_rate(self, "outer_lr")
 
     # worker
@@ -149,7 +149,7 @@ class DelayedNesterov(AsyncLocalSGD):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "outer_momentum", 0 <= self.outer_momentum < 1, "must be in [0, 1)")
-        require(self, "buffer", self.buffer >= 1, "must be at least 1")
+        require_count(self, "buffer")
         require(self, "c", 0 <= self.c * self.buffer <= 1, f"must be in [0, 1 / {self.buffer}]")
 
     def outer(self, s: OuterState, g: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +161,7 @@ class DelayedNesterov(AsyncLocalSGD):
 
 
 @dataclass(frozen=True)
-class DynamicLocalUpdates(DelayedNesterov, name="dylu"):
+class DyLU(DelayedNesterov, name="dylu"):
     """Delayed Nesterov with dynamic local updates: a worker's H follows its speed, so that all push at one pace.
 
     Liu et al. Asynchronous Local-SGD Training for Language Modeling. arXiv:2401.09135 (DN + DyLU): H_i = floor(v_i /
@@ -193,7 +193,7 @@ class FedBuff(AsyncLocalSGD, name="fedbuff"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "buffer", self.buffer >= 1, "must be at least 1")
+        require_count(self, "buffer")
 
     def outer(self, s: OuterState, g: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = s.sum + g

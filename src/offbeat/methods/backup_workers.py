@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.descent import SGD, Rule, count
 from ..core.method import GradientServer
-from ..core.values import require
+from ..core.values import require, require_count, require_kind
 
 
 class Synchronous(NamedTuple):
@@ -45,8 +45,8 @@ class BackupWorkers(GradientServer):
     """Workers whose gradient a round does not wait for (b), at least 0."""
 
     def __post_init__(self) -> None:
-        require(self, "rule", isinstance(self.rule, Rule), "must be a Rule such as SGD(0.05)")
-        require(self, "backups", self.backups >= 0, "must be at least 0")
+        require_kind(self, "rule", Rule, "SGD(0.05)")
+        require_count(self, "backups", least=0)
 
     def check(self, n: int) -> None:
         require(self, "backups", self.backups < n, f"must be below the number of workers, {n}")
@@ -74,7 +74,7 @@ class BackupWorkers(GradientServer):
         full = s.came >= (s.workers - self.backups).clamp(min=1.0)
         rule, x = self.rule.step(s.rule, s.x, s.sum / s.came.clamp(min=1.0))
         x, total = torch.where(full, x, s.x), torch.where(full, 0.0, s.sum)
-        kept = type(rule)._make(torch.where(full, new, old) for new, old in zip(rule, s.rule, strict=True))
+        kept = rule._make(torch.where(full, new, old) for new, old in zip(rule, s.rule, strict=True))
         return Synchronous(x, kept, total, torch.where(full, 0.0, s.came), s.workers)
 
     def ready(self, s: Synchronous, own: Place, clock: int, slowest: int) -> bool:

@@ -31,7 +31,7 @@ class BMUF(OuterMethod):
     Differences from the paper: its text was not at hand; the form is fairseq's, on the mean over workers. CNTK's form,
     S <- eta S + (1 - eta) zeta sum_i (G - W_i), is block_momentum = eta, block_lr = (1 - eta) zeta n for n workers. S is
     not rescaled when the inner rate changes, which is where it differs from `SlowMo`.
-    Weight decay is the rule's, the mean over peers is shipped. S is the same at all peers; one that joins gets it.
+    Weight decay is the rule's, the mean over peers is evaluated. S is the same at all peers; one that joins gets it.
     """
 
     block_lr: float = 1.0
@@ -66,7 +66,7 @@ class NesterovBMUF(BMUF, name="nesterov-bmuf"):
 
     Chen, Huo. ICASSP 2016, in the form of fairseq and CNTK, which both keep the look-ahead as the new reference.
     Differences from the paper: as for BMUF. It is not re-parametrised Nesterov momentum.
-    Weight decay is the rule's, the mean over peers is shipped.
+    Weight decay is the rule's, the mean over peers is evaluated.
     """
 
     def look(self, x: Tensor, s: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class DPSGD(AveragingGossipMethod, name="d-psgd"):
     Lian et al. Can Decentralized Algorithms Outperform Centralized Algorithms? NIPS 2017. arXiv:1705.09056.
     Differences from the paper: the local step comes before the mixing (the paper's takes the gradient at x_i and adds it
     to the mixed model; both conserve the mean of the models), and any rule may take it, its buffers staying at the peer.
-    Weight decay is the rule's, the mean over peers is shipped. On the complete graph it is large-batch SGD. Mixing
+    Weight decay is the rule's, the mean over peers is evaluated. On the complete graph it is large-batch SGD. Mixing
     conserves the mean among the living; when a neighbour dies in the middle of a round the others' weights are scaled up
     and the mean of that round shifts; one that joins copies a peer's model.
     """

@@ -32,7 +32,7 @@ class DiLoCo(OuterMethod, name="diloco"):
     rate 0.1 with momentum 0.9, 8 steps and 4 peers, it ends at a loss of 15 where 0.4 with 0.6 ends at 0.08 (others
     report divergence without inner momentum too). So 0.4 with 0.6 is the default: 0.4 / (1 - 0.6) is a pace of 1, as far
     as the peers moved. An outer rate of 1 without momentum is LocalSGD.
-    Weight decay is the rule's, the mean over peers is shipped. Inner buffers are kept at an average, as in the paper.
+    Weight decay is the rule's, the mean over peers is evaluated. Inner buffers are kept at an average, as in the paper.
     The outer state is the same at all peers; one that joins gets it, with empty inner buffers.
     """
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.descent import count
 from ..core.method import ServerMethod
 from ..core.schedule import Rate, rate, require_rate
-from ..core.values import require, require_nonnegative
+from ..core.values import require_count, require_nonnegative
 
 
 class Walker(NamedTuple):
@@ -51,7 +51,7 @@ class Downpour(ServerMethod):
 
     def __post_init__(self) -> None:
         require_rate(self, "lr")
-        require(self, "period", self.period >= 1, "must be at least 1")
+        require_count(self, "period")
         require_nonnegative(self, "weight_decay")
 
     def init(self, start: tuple[Tensor, Tensor]) -> Walker:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.descent import count
 from ..core.method import ServerMethod
 from ..core.schedule import Rate, rate, require_rate
-from ..core.values import require, require_nonnegative
+from ..core.values import require, require_count, require_nonnegative
 
 
 class Elastic(NamedTuple):
@@ -39,7 +39,8 @@ class EASGD(ServerMethod):
     Zhang, Choromanska, LeCun. Deep learning with Elastic Averaging SGD. NIPS 2015. arXiv:1412.6651.
     Differences from the paper: the visit is atomic, so d is computed from the present centre and x + centre is conserved
     exactly. As in the author's program, d uses the parameters before the last local step and is taken off after it.
-    The step of a schedule is the whole run's: the server's at the last exchange plus the worker's own since.
+    The first exchange is after ``period`` gradients, not after one. The step of a schedule is the whole run's: the
+    server's at the last exchange plus the worker's own since.
     Weight decay acts at the point of the gradient. The centre is evaluated. A worker that goes leaves in the centre what
     it has given, and what it had of its own is lost; one that comes starts at the centre, and alpha follows the count.
     """
@@ -57,7 +58,7 @@ class EASGD(ServerMethod):
     def __post_init__(self) -> None:
         require_rate(self, "lr")
         require(self, "beta", 0 <= self.beta <= 1, "must be in [0, 1]: above 1 the spring overshoots")
-        require(self, "period", self.period >= 1, "must be at least 1")
+        require_count(self, "period")
         require_nonnegative(self, "weight_decay")
 
     def init(self, start: tuple[Tensor, Tensor]) -> Elastic:

@@ -30,7 +30,7 @@ class GoSGD(PushGossipMethod, name="go-sgd"):
 
     Blot, Picard, Cord, Thome. Gossip training for deep learning. arXiv:1611.09726.
     Differences from the paper: weights start at 1 and not at 1/n, which changes no average; any rule takes the local step.
-    Weight decay is the rule's, the plain mean over peers is shipped. The weighted sum of models and the sum of weights are
+    Weight decay is the rule's, the plain mean over peers is evaluated. The weighted sum of models and the sum of weights are
     conserved by exchanges, mass under way counted; a message to a dead peer comes back, one that leaves in good order
     hands its weight on, and one that joins gets half of another's weight.
     """

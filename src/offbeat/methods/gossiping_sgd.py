@@ -21,7 +21,7 @@ class PullGossip(PairGossipMethod):
 
     Jin, Yuan, Iandola, Keutzer. How to scale distributed deep learning? arXiv:1611.04581.
     Differences from the paper: its text was not at hand; the equations follow two public programs. Momentum stays at the
-    peer. The mean over peers is shipped.
+    peer. The mean over peers is evaluated.
     Weight decay is the rule's. The mean is conserved in expectation only. A peer that dies takes its own progress along;
     one that joins copies the model of one that lives.
     """
@@ -42,7 +42,7 @@ class PushGossip(PushGossipMethod):
 
     Jin, Yuan, Iandola, Keutzer. How to scale distributed deep learning? arXiv:1611.04581.
     Differences from the paper: as for PullGossip; what has come in is merged, in order of arrival, after the next gradient.
-    Weight decay is the rule's, the mean over peers is shipped. The mean is conserved in expectation only.
+    Weight decay is the rule's, the mean over peers is evaluated. The mean is conserved in expectation only.
     """
 
     def send(self, w: Descending) -> tuple[Descending, Tensor]:
@@ -58,7 +58,7 @@ class SyncPullGossip(AveragingGossipMethod):
 
     Jin, Yuan, Iandola, Keutzer. How to scale distributed deep learning? arXiv:1611.04581.
     Differences from the paper: its text was not at hand; models are exchanged after the local step.
-    Weight decay is the rule's, the mean over peers is shipped and is conserved in expectation only.
+    Weight decay is the rule's, the mean over peers is evaluated and is conserved in expectation only.
     """
 
     _: KW_ONLY
@@ -73,7 +73,7 @@ class SyncPushGossip(AveragingGossipMethod):
     Jin, Yuan, Iandola, Keutzer. How to scale distributed deep learning? arXiv:1611.04581.
     Differences from the paper: its text was not at hand; models are exchanged after the local step, and one that gets
     several takes the plain mean of them and its own.
-    Weight decay is the rule's, the mean over peers is shipped and is conserved in expectation only.
+    Weight decay is the rule's, the mean over peers is evaluated and is conserved in expectation only.
     """
 
     _: KW_ONLY

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..core.method import Local
 from ..core.periodic import OuterMethod, Sound
 from ..core.topology import Members
-from ..core.values import require
+from ..core.values import require_count
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class GroupSGD(OuterMethod):
     arXiv:1808.07217 (hierarchical local SGD). Put it inside another periodic method to join the groups, as
     `HierarchicalSGD` does; by itself the groups train models apart.
     Differences from the paper: groups are cut from the sorted list of living members, so they close up when one dies.
-    Weight decay is the rule's, the mean over peers is shipped. Members come and go as in LocalSGD.
+    Weight decay is the rule's, the mean over peers is evaluated. Members come and go as in LocalSGD.
     """
 
     period: int = 4
@@ -28,7 +28,7 @@ class GroupSGD(OuterMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "size", self.size >= 1, "must be at least 1")
+        require_count(self, "size")
 
     def group(self, node: int, members: Members) -> Members:
         first = members.index(node) // self.size * self.size
@@ -42,7 +42,7 @@ class HierarchicalSGD(OuterMethod):
     Lin, Stich, Patel, Jaggi. Don't Use Large Mini-Batches, Use Local SGD. ICLR 2020. arXiv:1808.07217 (hierarchical
     local SGD).
     Differences from the paper: any number of levels, by nesting ``GroupSGD(inner=GroupSGD(...))``.
-    Weight decay is the rule's, the mean over peers is shipped. Members come and go as in LocalSGD.
+    Weight decay is the rule's, the mean over peers is evaluated. Members come and go as in LocalSGD.
     """
 
     inner: Sound = GroupSGD(Local())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..core.periodic import OuterMethod
-from ..core.values import require
+from ..core.values import require_count
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class LocalSGD(OuterMethod):
     Stich. Local SGD Converges Fast and Communicates Little. ICLR 2019. arXiv:1805.09767. With Adam as the rule it is
     local Adam; with a gossip method as ``inner`` it is that method with exact averages in between.
     Differences from the paper: any rule or inner method. Momentum stays at the peer unless ``buffering`` says otherwise.
-    Weight decay is the rule's, the mean over peers is shipped. A peer that dies takes its steps since the last average
+    Weight decay is the rule's, the mean over peers is evaluated. A peer that dies takes its steps since the last average
     along; one that joins starts at an average, with empty buffers.
     """
 
@@ -27,7 +27,7 @@ class PostLocalSGD(OuterMethod):
     Lin, Stich, Patel, Jaggi. Don't Use Large Mini-Batches, Use Local SGD. ICLR 2020. arXiv:1808.07217.
     Differences from the paper: the switch is a step of each peer and not an epoch; the paper switches at the first decay
     of the rate. As in the authors' program parameters are averaged in both phases, and momentum stays at the peer.
-    Weight decay is the rule's, the mean over peers is shipped. Members come and go as in LocalSGD.
+    Weight decay is the rule's, the mean over peers is evaluated. Members come and go as in LocalSGD.
     """
 
     start: int = 100
@@ -35,7 +35,7 @@ class PostLocalSGD(OuterMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "start", self.start >= 0, "must be at least 0")
+        require_count(self, "start", least=0)
 
     def length(self, done: int) -> int:
         return self.period if done >= self.start else 1

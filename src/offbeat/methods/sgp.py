@@ -32,7 +32,7 @@ class SGP(RoundGossipMethod):
     Assran, Loizou, Ballas, Rabbat. Stochastic Gradient Push for Distributed Deep Learning. ICML 2019. arXiv:1811.10792.
     Differences from the paper: any rule takes the local step, at z_i, and its move is taken off x_i; its buffers are not
     communicated. The weight is always sent, also on regular graphs where it stays 1.
-    Weight decay is the rule's, the mean of the z_i is shipped. The sums of x and w are conserved by mixing, mass under way
+    Weight decay is the rule's, the mean of the z_i is evaluated. The sums of x and w are conserved by mixing, mass under way
     counted. A message to a dead peer comes back to its sender; a peer that dies takes its mass along, one that leaves in
     good order hands it to another, and one that joins gets half of another's, so that the sums of the living stay.
     """
@@ -91,7 +91,7 @@ class OSGP(SGP):
     Differences from the paper: as for SGP; messages are exactly one step late, never more. While half of its mass is
     under way a peer's weight is below 1, so its own steps move z_i further; the mean is not affected. Before an exact
     average (SlowMo) what is under way is taken in.
-    Weight decay is the rule's, the mean of the z_i is shipped.
+    Weight decay is the rule's, the mean of the z_i is evaluated.
     """
 
     overlaps = True

@@ -35,7 +35,7 @@ class SlowMo(OuterMethod, name="slowmo"):
     Differences from the paper: gamma is the inner rate at the block's first step, in both places, also where a schedule
     changes it inside the block. A block whose rate is 0 adds nothing to u. Buffers are emptied at each average, as the
     paper does for SGD bases; it maintains them for Adam.
-    Weight decay is the base's, the mean over peers is shipped. u and x_0 are the same at all peers; one that joins gets
+    Weight decay is the base's, the mean over peers is evaluated. u and x_0 are the same at all peers; one that joins gets
     them, and empty buffers; one that dies takes its steps since the last average along.
     """
 
@@ -75,7 +75,7 @@ class SlowMoNoAverage(SlowMo, name="slowmo-no-average"):
     out). Meant for a gossip base; over `Local` the peers never talk.
     Differences from the paper: as for SlowMo; u and x_0 now differ from peer to peer, and mass under way to a peer of an
     overlapping base is taken in before the slow step.
-    Weight decay is the base's, the mean over peers is shipped.
+    Weight decay is the base's, the mean over peers is evaluated.
     """
 
     def contribute(self, w: Nested) -> Message | None:

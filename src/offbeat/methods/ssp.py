@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.method import Message, ServerMethod
-from ..core.values import require
+from ..core.values import require, require_kind
 from .asgd import ASGD
 
 
@@ -33,7 +33,7 @@ class SSP(ServerMethod):
     """Clocks that a worker may be ahead of the slowest (s), at least 0; inf: no bound."""
 
     def __post_init__(self) -> None:
-        require(self, "method", isinstance(self.method, ServerMethod), "must be a server method such as ASGD()")
+        require_kind(self, "method", ServerMethod, "ASGD()")
         require(self, "bound", 0 <= self.bound <= math.inf, "must be at least 0, or inf")
 
     @property
