@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.values import require
-from .data import File, Loaded, Source, folder
+from .data import File, Loaded, Source, Where, folder
 from .supervised import Dtype, Recipe, Supervised
 
 SOURCE = Source(
@@ -55,6 +55,11 @@ class Mnist(Recipe):
         require(self, "batch", isinstance(self.batch, int) and 1 <= self.batch <= TRAIN, f"choose 1 to {TRAIN}")
         require(self, "seed", isinstance(self.seed, int), "choose an integer")
         require(self, "dtype", self.dtype in ("float32", "float64"), "choose float32 or float64")
+
+    @classmethod
+    def data(cls) -> Where:
+        """Where its files were looked for and which are there."""
+        return SOURCE.where(folder())
 
     def build(self) -> Supervised:
         """The problem with the images of the data folder as it is now."""

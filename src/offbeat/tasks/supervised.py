@@ -16,13 +16,14 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from ..core.seeds import derive
 from ..core.values import refuse, require
+from .data import Where
 from .flat import Flat
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Dtype: TypeAlias = Literal["float32", "float64"]
 
 CHUNK = 1000
-"""Examples per forward pass of an evaluation."""
+"""Examples per forward pass of an evaluation, where the problem does not say."""
 STATISTICS = 20
 """Training batches from which an evaluation recomputes the statistics of batch normalisation."""
 HELD = 2 << 30
@@ -88,6 +89,12 @@ class Supervised:
     """Floating-point type of the parameters and of the data."""
     provenance: Mapping[str, str] = field(default_factory=dict)
     """For each file of the data: ``"official"``, or how it differs (see `offbeat.tasks.data`)."""
+    finish: Callable[[nn.Module, dict[str, float]], dict[str, float]] | None = None
+    """``finish(module, means) -> figures``: what `evaluate` returns, made of the means over the test set and of the
+    module in evaluation mode at ``x``. For figures that are no mean over examples, such as perplexity or BLEU.
+    Called without gradients. None: the means themselves."""
+    chunk: int | None = None
+    """Examples per forward pass of an evaluation, at least 1; None: 1,000. Take fewer where they need much memory."""
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module):
@@ -103,6 +110,9 @@ class Supervised:
         fits = isinstance(self.batch, int) and 1 <= self.batch <= size
         require(self, "batch", fits, f"choose 1 to {size}, the size of the training set")
         require(self, "seed", isinstance(self.seed, int), "choose an integer")
+        require(self, "finish", self.finish is None or callable(self.finish), "give a function or None")
+        whole = self.chunk is None or (isinstance(self.chunk, int) and self.chunk >= 1)
+        require(self, "chunk", whole, "choose 1 or more, or None")
 
     def x0(self) -> Tensor:
         """The initial parameters, ``Tensor[d]`` of type ``dtype``: a new tensor, the same values at every call."""
@@ -123,14 +133,18 @@ class Supervised:
             return live.flat.gather().clone(), loss.detach()
 
     def evaluate(self, x: Tensor) -> dict[str, float]:
-        """``{"loss": ..., "accuracy": ...}`` (or your ``metrics``) at ``x``: means over the whole test set."""
+        """``{"loss": ..., "accuracy": ...}`` (or your ``metrics``) at ``x``: means over the whole test set.
+
+        With ``finish``, what that makes of them.
+        """
         live = self._live
         with _ALONE, _Seeded(live.generators, derive(_EVALUATE, self.seed)), torch.no_grad():
             live.load(x)
             live.module.eval()
             try:
                 live.measure_statistics()
-                return self._measure(live)
+                means = self._measure(live)
+                return means if self.finish is None else self.finish(live.module, means)
             finally:
                 live.module.train()
 
@@ -150,9 +164,9 @@ class Supervised:
 
     def _measure(self, live: _Live) -> dict[str, float]:
         sums: dict[str, float] = {}
-        size = len(live.test)
-        for start in range(0, size, CHUNK):
-            index = torch.arange(start, min(start + CHUNK, size), dtype=torch.int32, device=live.start.device)
+        size, chunk = len(live.test), self.chunk or CHUNK
+        for start in range(0, size, chunk):
+            index = torch.arange(start, min(start + chunk, size), dtype=torch.int32, device=live.start.device)
             inputs, targets = live.test.take(index)
             outputs = live.module(inputs)
             metrics = self.metrics if self.metrics is not None else _usual(outputs, targets)
@@ -328,6 +342,14 @@ class Recipe(ABC):
     Subclasses are frozen dataclasses: cheap to print, compare and pickle.
     """
 
+    @classmethod
+    def data(cls) -> Where | None:
+        """Where its files were looked for and which are there, without reading them; None if it needs no files.
+
+        Looks into the data folder as it is now (see `offbeat.tasks.data`).
+        """
+        return None
+
     @abstractmethod
     def build(self) -> Supervised:
         """The problem itself, with model and data."""
@@ -346,7 +368,7 @@ class Recipe(ABC):
         return self.problem.grad(x, worker, step)
 
     def evaluate(self, x: Tensor) -> dict[str, float]:
-        """``{"loss": ..., "accuracy": ...}`` at ``x`` over the test set."""
+        """Figures at ``x`` over the test set, ``"loss"`` and others; which, says the task."""
         return self.problem.evaluate(x)
 
     @property

@@ -1,0 +1,465 @@
+"""Experiments: methods against numbers of workers and seeds, on one task, with the same number of gradients for all.
+
+grid = Grid(("asgd", "dana-zero", GapAware(momentum=0.8)), Digits(), workers=(1, 8, 32))
+comparison = compare(grid, jobs=2)
+comparison.write("runs/first")
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import islice, product
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from .core.descent import Rule
+from .core.method import Method
+from .core.problem import Problem
+from .core.schedule import Rate, Warmup
+from .core.values import refuse, require
+from .engines.cluster import Cluster
+from .engines.simulator import Run, Simulation, simulate
+from .engines.speed import Gamma, Speed
+from .failure import Failure
+from .methods import find
+from .names import names, read
+from .tasks import Digits
+from .trace import Trace
+
+FORMAT = "offbeat comparison 1"
+EVALUATIONS = 20
+"""How often the shipped model is evaluated during a run, evenly over its gradients."""
+
+
+class Key(NamedTuple):
+    """Which cell of a grid."""
+
+    label: str
+    workers: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.label}, {self.workers} worker{'s' if self.workers > 1 else ''}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the run of one cell came to."""
+
+    key: Key
+    figures: dict[str, float]
+    """`Run.summary`; empty where the run failed."""
+    failure: str
+    """The name of the `Failure` that ended it; empty if none did."""
+    message: str
+    """What the failure said."""
+    trace: Trace
+    """All events, of a failed run those until then."""
+
+
+class CellFailed(RuntimeError):
+    """A cell ended by something that is no `Failure` of the method: its process died, or there is an error in the code."""
+
+
+def warmed(method: Method, warmup: float, gradients: int, workers: int) -> Method:
+    """``method`` with its ``lr`` rising in a straight line over the first ``warmup`` (0 to 1) of the run's steps."""
+    rise = Warmup(max(1, round(warmup * method.horizon(gradients, workers))))
+    return _changed(method, "lr", lambda lr: lr * rise) if warmup else method
+
+
+def _changed(value: Any, name: str, change: Callable[[Any], Any], fixed: Collection[str] = ()) -> Any:
+    """``value`` with its field ``name`` changed, or that of the rules and methods it is made of; none in ``fixed``."""
+    free = [f.name for f in fields(value) if f.name not in fixed]
+    if name in free:
+        return replace(value, **{name: change(getattr(value, name))})
+    parts = {part: getattr(value, part) for part in free if isinstance(getattr(value, part), Rule | Method)}
+    return replace(value, **{part: _changed(inner, name, change) for part, inner in parts.items()})
+
+
+def _always(value: Any) -> Callable[[Any], Any]:
+    return lambda _: value
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every method with every number of workers and every seed: one cell each, all with the same number of gradients.
+
+    ``lr``, ``momentum`` and ``weight_decay`` are for every method that has such a field, or whose rule or inner method
+    has; except where its entry says otherwise: a text by naming the field, a value by differing from its class's default.
+    """
+
+    methods: tuple[str | Method, ...] = (
+        "asgd",
+        "nag-asgd",
+        "multi-asgd",
+        "dana-zero",
+        "dana-slim",
+        "dana-ga",
+        "gap-aware",
+        "staleness-aware",
+        "gem",
+    )
+    """Methods by name (``offbeat methods`` lists them), with settings of their own if wanted: ``"gem(kappa=2)"``."""
+    task: Problem = Digits()
+    """What is trained: a dataclass with a field ``seed``."""
+    workers: tuple[int, ...] = (1, 8, 32)
+    """Numbers of workers, each at least 1."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; each drives the task and the cluster of its cells."""
+    gradients: int = 4000
+    """Minibatch gradients of each cell, all workers together."""
+    lr: Rate | None = 0.05
+    """Learning rate of every method, a number or a schedule; None: each method's own."""
+    momentum: float | None = 0.9
+    """Momentum of every method; None: each method's own."""
+    weight_decay: float | None = None
+    """Weight decay of every method; None: each method's own."""
+    warmup: float = 0.05
+    """Part of a run over which the learning rate rises to its full value, 0 to 1."""
+    speed: Speed = Gamma()
+    """Seconds per gradient."""
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "workers", "seeds"):
+            values = getattr(self, name)
+            require(self, name, len(values) > 0, "give at least one")
+            require(self, name, len(set(values)) == len(values), "one of them is there twice: leave it out")
+        for workers in self.workers:
+            Cluster(workers, self.speed)
+        require(self, "seeds", all(isinstance(seed, int) for seed in self.seeds), "must be integers")
+        require(self, "gradients", isinstance(self.gradients, int) and self.gradients >= 1, "must be at least 1")
+        require(self, "warmup", 0 <= self.warmup <= 1, "must be in [0, 1]")
+        seeded = "seed" in getattr(self.task, "__dataclass_fields__", ())
+        require(self, "task", seeded, "must be a dataclass with a field `seed`")
+        stems = [_stem(label) for label in self.lineup]
+        require(self, "methods", len(set(stems)) == len(stems), "two of them are too much alike to tell apart")
+
+    @cached_property
+    def lineup(self) -> dict[str, Method]:
+        """The methods as they run, before the warm-up, by label: the name and what the entry itself says."""
+        shared = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        methods: dict[str, Method] = {}
+        for entry in self.methods:
+            label, cls, said = _entry(entry)
+            if label in methods:
+                refuse(self, "methods", label, "it is there twice: leave one out")
+            method = cls(**said)
+            for name, value in shared.items():
+                if value is not None and name not in said:
+                    method = _changed(method, name, _always(value), fixed=said)
+            methods[label] = method
+        return methods
+
+    @property
+    def keys(self) -> list[Key]:
+        """All cells, in order."""
+        return [Key(*key) for key in product(self.lineup, self.workers, self.seeds)]
+
+    def prepare(self, key: Key) -> Simulation:
+        """The run of a cell, about to start."""
+        method = warmed(self.lineup[key.label], self.warmup, self.gradients, key.workers)
+        task = cast(Problem, replace(cast(Any, self.task), seed=key.seed))
+        every = max(1, self.gradients // EVALUATIONS)
+        return Simulation(method, task, Cluster(key.workers, self.speed), self.gradients, key.seed, every)
+
+    def header(self) -> dict[str, Any]:
+        """What a `Comparison` says about the grid it is of.
+
+        Prepares each run once, so that whatever is wrong with task, data or settings is raised here, before any work.
+        """
+        for key in self.keys:
+            if key.seed == self.seeds[0]:
+                about = self.prepare(key).trace.header
+        alone = {str(s): self.gradients / sum(islice(self.speed.stream(s, 0), self.gradients)) for s in self.seeds}
+        return {
+            "task": repr(self.task),
+            "methods": {label: repr(method) for label, method in self.lineup.items()},
+            "workers": list(self.workers),
+            "seeds": list(self.seeds),
+            "gradients": self.gradients,
+            "warmup": self.warmup,
+            "speed": repr(self.speed),
+            "alone": alone,  # gradients per second of one worker that waits for nobody, by seed
+            "parameters": about["parameters"],
+            "provenance": about["provenance"],
+            "versions": about["versions"],
+        }
+
+
+def _entry(entry: str | Method) -> tuple[str, type[Method], dict[str, Any]]:
+    """The label and the class of a grid's entry, and the fields that the entry itself sets."""
+    if isinstance(entry, Method):
+        cls = type(entry)
+        said = {f.name: getattr(entry, f.name) for f in fields(entry) if getattr(entry, f.name) != f.default}
+        own = ", ".join(f"{name}={value!r}" for name, value in said.items())
+        return f"{cls.name}({own})" if own else cls.name, cls, said
+    name, bracket, rest = entry.strip().partition("(")
+    cls = find(name.strip())
+
+    def settings(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return dict(inspect.signature(cls).bind_partial(*args, **kwargs).arguments)
+
+    said = read(f"{cls.__name__}({rest}", {**names(), cls.__name__: settings}) if bracket else {}
+    return cls.name + bracket + rest, cls, said
+
+
+def compare(grid: Grid, *, jobs: int | None = None, watch: Callable[[Cell], None] | None = None) -> Comparison:
+    """Run every cell of ``grid`` in ``jobs`` processes (None: one for each CPU); the result does not depend on ``jobs``.
+
+    A cell that fails by a `Failure` is part of the result. ``watch`` is called with each cell as it is done.
+    Raises ``ValueError`` for bad settings, what the task raises about its data, and `CellFailed` when a process dies.
+    """
+    jobs = (os.cpu_count() or 1) if jobs is None else jobs
+    if not isinstance(jobs, int) or jobs < 1:
+        raise ValueError(f"jobs = {jobs!r}: must be at least 1, or None for one for each CPU")
+    header, keys, done = grid.header(), grid.keys, {}
+    with closing(_here(grid, keys) if jobs == 1 else _there(grid, keys, jobs)) as cells:
+        for cell in cells:
+            done[cell.key] = cell
+            if watch:
+                watch(cell)
+    return Comparison(header, [done[key] for key in keys])
+
+
+def _cell(grid: Grid, key: Key) -> Cell:
+    try:
+        run = grid.prepare(key).run()
+    except Failure as failure:
+        return Cell(key, {}, type(failure).__name__, str(failure), failure.trace)
+    return Cell(key, run.summary(), "", "", run.trace)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Inside, torch uses ``number`` threads, on which the last bits of a sum depend."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _here(grid: Grid, keys: Sequence[Key]) -> Generator[Cell]:
+    """The cells one after the other, with one thread as in the processes of `_there`."""
+    with _threads(1):
+        for key in keys:
+            yield _cell(grid, key)
+
+
+def _there(grid: Grid, keys: Sequence[Key], jobs: int) -> Generator[Cell]:
+    """The cells as processes of their own get them done. Each has its own pipe, so that a death has a name."""
+    context = multiprocessing.get_context("spawn")
+    left = list(reversed(keys))
+    links = {}
+    busy: dict[Connection, Key] = {}
+    try:
+        for _ in range(min(jobs, len(keys))):
+            link, far = context.Pipe()
+            links[link] = context.Process(target=_serve, args=(far, grid), daemon=True)
+            with _no_interrupt():
+                links[link].start()
+            far.close()
+            busy[link] = left.pop()
+            link.send(busy[link])
+        while busy:
+            for link in cast(list[Connection], wait(list(busy))):
+                key = busy.pop(link)
+                try:
+                    answer = link.recv()
+                    if left:
+                        busy[link] = left.pop()
+                        link.send(busy[link])
+                except (EOFError, OSError):
+                    links[link].join()
+                    what = f"its process died with exit code {links[link].exitcode}"
+                    raise CellFailed(
+                        f"the cell {busy.get(link, key)} was lost: {what}; is there memory enough?"
+                    ) from None
+                if isinstance(answer, str):
+                    raise CellFailed(f"the cell {key} failed:\n{answer}")
+                yield answer
+    finally:
+        for process in links.values():
+            process.terminate()
+        for process in links.values():
+            process.join()
+
+
+def _serve(link: Connection, grid: Grid) -> None:
+    """What a process does: cells that it is told, until nobody tells it any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    while True:
+        try:
+            key = link.recv()
+        except EOFError:
+            return
+        try:
+            answer: Cell | str = _cell(grid, key)
+        except Exception:
+            answer = traceback.format_exc()
+        link.send(answer)
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Inside, Ctrl-C is not for processes that start: it is for us, who end them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Row(NamedTuple):
+    """The cells of one method with one number of workers, over all seeds."""
+
+    label: str
+    workers: int
+    cells: list[Cell]
+    mean: dict[str, float]  # over the seeds that finished; empty if none did
+    spread: dict[str, float]  # sample standard deviation over the seeds that finished; empty if fewer than two did
+
+    @property
+    def failed(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.failure]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a grid came to: its header, and a cell for each run that is done."""
+
+    header: dict[str, Any]
+    cells: Sequence[Cell]
+
+    @property
+    def figures(self) -> list[str]:
+        """The names of the task's own figures, the one that matters most first."""
+        found = {name: None for cell in self.cells for e in cell.trace.evaluations for name in e.figures}
+        return sorted(found, key=lambda name: (name != "accuracy", name != "loss"))
+
+    def rows(self) -> list[Row]:
+        """The cells summed up over seeds, in the order of the grid.
+
+        ``speedup`` is gradients per second, relative to the cell of the same method with one worker where the grid has
+        it, else to one worker that waits for nobody.
+        """
+        done = {cell.key: cell for cell in self.cells}
+        rows = []
+        for label, workers in product(self.header["methods"], self.header["workers"]):
+            cells = [done[key] for s in self.header["seeds"] if (key := Key(label, workers, s)) in done]
+            figures = [cell.figures | {"speedup": self._speedup(cell, done)} for cell in cells if not cell.failure]
+            columns = {
+                name: torch.tensor([f[name] for f in figures], dtype=torch.float64)
+                for name in (figures[0] if figures else ())
+            }
+            mean = {name: float(values.mean()) for name, values in columns.items()}
+            several = {name: float(values.std()) for name, values in columns.items() if len(values) > 1}
+            spread = {name: value for name, value in several.items() if math.isfinite(value)}
+            rows.append(Row(label, workers, cells, mean, spread))
+        return [row for row in rows if row.cells]
+
+    def _speedup(self, cell: Cell, done: Mapping[Key, Cell]) -> float:
+        one = done.get(cell.key._replace(workers=1))
+        alone = one.figures["gradients_per_second"] if one and one.figures else self.header["alone"][str(cell.key.seed)]
+        return cell.figures["gradients_per_second"] / float(alone)
+
+    def table(self) -> list[list[str]]:
+        """The rows as text, the titles first; a spread follows a plus-minus sign."""
+        columns = [*self.figures, "train_loss", "mean_lag", "mean_gap", "seconds", "speedup"]
+        lines = [["method", "workers", *(TITLES.get(name, name) for name in columns), "failed"]]
+        for row in self.rows():
+            spread = {name: row.spread[name] for name in (*self.figures, "train_loss") if name in row.spread}
+            texts = [show(name, row.mean[name], spread.get(name)) if row.mean else "-" for name in columns]
+            kinds = " ".join(sorted({cell.failure for cell in row.failed}))
+            failed = f"{kinds} {len(row.failed)} of {len(row.cells)}" if row.failed else ""
+            lines.append([row.label, str(row.workers), *texts, failed])
+        return lines
+
+    def write(self, folder: str | Path) -> None:
+        """Write ``comparison.json`` into ``folder``, and the traces into ``traces`` there."""
+        folder = Path(folder)
+        (folder / "traces").mkdir(parents=True, exist_ok=True)
+        cells = []
+        for cell in self.cells:
+            path = f"traces/{_stem(cell.key.label)}-{cell.key.workers}w-seed{cell.key.seed}.jsonl"
+            cell.trace.write(folder / path)
+            about = {"figures": cell.figures, "failure": cell.failure, "message": cell.message, "trace": path}
+            cells.append(cell.key._asdict() | about)
+        text = json.dumps({"format": FORMAT, **self.header, "cells": cells}, indent=1)
+        (folder / "comparison.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Comparison:
+        """What `write` has written into ``folder``; ``ValueError`` where it is damaged."""
+        path = Path(folder) / "comparison.json"
+        try:
+            header = json.loads(path.read_text(encoding="utf-8"))
+            if header.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            cells = []
+            for about in header.pop("cells"):
+                key = Key(about["label"], about["workers"], about["seed"])
+                trace = Trace.read(path.parent / about["trace"])
+                cells.append(Cell(key, about["figures"], about["failure"], about["message"], trace))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not what `offbeat compare` has written: {error!r}; run it again") from None
+        return cls(header, cells)
+
+
+TITLES = {"train_loss": "train loss", "mean_lag": "lag", "mean_gap": "gap", "speedup": "speed-up"}
+
+
+def show(name: str, value: float, spread: float | None = None) -> str:
+    """A figure as text: an accuracy in per cent, anything else with three digits."""
+    if name == "accuracy":
+        return f"{100 * value:.1f}{'' if spread is None else f' ± {100 * spread:.1f}'} %"
+    text = f"{value:,.0f}" if 100 <= abs(value) < 1e9 else f"{value:.3g}"
+    return text if spread is None else f"{text} ± {spread:.1g}"
+
+
+def rerun(trace: Trace) -> Run:
+    """Simulate again what ``trace`` has recorded, from its header alone.
+
+    The events are the same bit for bit on the same kind of machine with the same torch and number of threads (the
+    header's, if it says one). Raises ``ValueError`` where the header names something that is no value of the library.
+    """
+    header = trace.header
+    if header.get("engine") != "simulator":
+        raise ValueError(f"cannot run this trace again: its engine is {header.get('engine')!r}, not the simulator")
+    parts = []
+    for part in ("method", "problem", "cluster"):
+        try:
+            parts.append(read(header[part]))
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"cannot run this trace again: its {part} {header.get(part)!r} is no value of the library ({error}); "
+                "call offbeat.simulate with the values that it was made from"
+            ) from None
+    settings = {name: header[name] for name in ("gradients", "seed", "evaluate_every")}
+    with _threads(header.get("threads", torch.get_num_threads())):
+        return simulate(*parts, **settings)
+
+
+def _stem(label: str) -> str:
+    """What the label is in the name of a file."""
+    return re.sub(r"[^\w.=-]+", "_", label).strip("_")[:100]

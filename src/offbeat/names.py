@@ -1,0 +1,42 @@
+"""Names: the values of the library that can be written as text, on the command line or in the header of a trace."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from .core.descent import Rule
+from .core.master import Correction
+from .core.method import Method
+from .core.schedule import Schedule
+from .core.topology import Topology
+from .core.values import parse
+from .engines.cluster import Cluster, Membership
+from .engines.speed import Speed
+from .tasks import TASKS
+
+KINDS = (Method, Correction, Rule, Schedule, Topology, Speed, Membership)
+"""The base classes of what can be named; a class of the library under one of them is found."""
+
+
+def names() -> dict[str, Callable[..., Any]]:
+    """Every constructor by its class name."""
+    found: dict[str, Callable[..., Any]] = {cls.__name__: cls for kind in KINDS for cls in _concrete(kind)}
+    return {**found, "Cluster": Cluster, **{cls.__name__: cls for cls in TASKS.values()}}
+
+
+def read(text: str, known: Mapping[str, Callable[..., Any]] | None = None) -> Any:
+    """The value that ``text`` describes, of the constructors in ``known`` (None: of the library); else ``ValueError``."""
+    try:
+        return parse(text, names() if known is None else known)
+    except (TypeError, RecursionError) as error:  # a constructor's arguments, or brackets beyond reason
+        raise ValueError(f"cannot read the value {text[:200]!r}: {error}") from None
+
+
+def _concrete(kind: type[Any]) -> Iterator[type[Any]]:
+    for cls in kind.__subclasses__():
+        ours = cls.__module__.partition(".")[0] == __package__
+        if ours and not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
+            yield cls
+        yield from _concrete(cls)
