@@ -50,7 +50,9 @@ def table(comparison: Comparison, labels: dict[str, tuple[str, str]], workers: t
         view.add_row(base, "paper: CIFAR-10, 32", f"{loss} -> {slow_loss}", f"{accuracy} -> {slow_accuracy}")
         for n in workers:
             ours = [rows[label, n] for label in pair]
-            losses, accuracies = ([(row.mean[f], row.spread.get(f, 0.0)) for row in ours] for f in ("train_loss", "accuracy"))
+            losses, accuracies = (
+                [(row.mean[f], row.spread.get(f, 0.0)) for row in ours] for f in ("train_loss", "accuracy")
+            )
             view.add_row(
                 base,
                 f"here: MNIST, {n}",
@@ -71,8 +73,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
     pairs = lineup(args.beta)
+    labels = {base: (base.lower(), f"{base.lower()} + slowmo") for base in pairs}
     grid = Grid(
-        tuple(method for pair in pairs.values() for method in pair),
+        tuple((label, method) for base in pairs for label, method in zip(labels[base], pairs[base], strict=True)),
         Mnist(),
         tuple(args.workers),
         tuple(args.seeds),
@@ -80,8 +83,6 @@ def main() -> None:
         lr=None,
         momentum=None,
     )
-    names = iter(grid.lineup)
-    labels = {base: (next(names), next(names)) for base in pairs}
     with Progress() as bar:
         task = bar.add_task("runs", total=len(grid.keys))
         comparison = compare(grid, jobs=args.jobs, watch=lambda cell: bar.advance(task))

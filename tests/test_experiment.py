@@ -95,11 +95,11 @@ def test_one_seed_has_no_spread() -> None:
 
 
 def test_shared_settings_reach_every_method_that_has_them_and_yield_to_the_entry() -> None:
-    entries = ("asgd", "asgd(momentum=0.0)", ob.methods.GapAware(momentum=0.8), "local-sgd", "async-adam(lr=0.001)")
+    entries = ("asgd", "asgd(momentum=0.6)", ob.methods.GapAware(momentum=0.8), "local-sgd", "async-adam(lr=0.001)")
     lineup = Grid(entries, lr=0.2, momentum=0.7, weight_decay=0.01).lineup
     assert lineup == {
-        "asgd": ob.methods.ASGD(lr=0.2, momentum=0.7, weight_decay=0.01),
-        "asgd(momentum=0.0)": ob.methods.ASGD(lr=0.2, momentum=0.0, weight_decay=0.01),
+        "asgd": ob.methods.ASGD(lr=0.2, momentum=0.0, weight_decay=0.01),
+        "asgd(momentum=0.6)": ob.methods.ASGD(lr=0.2, momentum=0.6, weight_decay=0.01),
         "gap-aware(momentum=0.8)": ob.methods.GapAware(lr=0.2, momentum=0.8, weight_decay=0.01),
         "local-sgd": ob.methods.LocalSGD(ob.Local(ob.SGD(0.2, momentum=0.7, nesterov=True, weight_decay=0.01))),
         "async-adam(lr=0.001)": ob.methods.AsyncAdam(lr=0.001, weight_decay=0.01),
@@ -134,7 +134,7 @@ def test_the_warm_up_is_a_part_of_the_run_in_the_steps_that_the_method_counts() 
         ({"gradients": 0}, "Grid.gradients = 0"),
         ({"warmup": 1.5}, "Grid.warmup = 1.5"),
         ({"lr": -1.0}, "ASGD.lr = -1.0"),
-        ({"momentum": 1.0}, "ASGD.momentum = 1.0"),
+        ({"momentum": 1.0}, "NAGASGD.momentum = 1.0"),
         ({"speed": 1.0}, "Cluster.speed = 1.0"),
         ({"task": 3}, "Grid.task = 3: must be a dataclass with a field `seed`"),
     ],

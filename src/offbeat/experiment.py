@@ -91,8 +91,8 @@ def _changed(value: Any, name: str, change: Callable[[Any], Any], fixed: Collect
     return replace(value, **{part: _changed(inner, name, change) for part, inner in parts.items()})
 
 
-def _always(value: Any) -> Callable[[Any], Any]:
-    return lambda _: value
+def _shared(name: str, value: Any) -> Callable[[Any], Any]:
+    return lambda old: old if name == "momentum" and not old else value
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Grid:
     has; except where its entry says otherwise: a text by naming the field, a value by differing from its class's default.
     """
 
-    methods: tuple[str | Method, ...] = (
+    methods: tuple[str | Method | tuple[str, Method], ...] = (
         "asgd",
         "nag-asgd",
         "multi-asgd",
@@ -114,7 +114,8 @@ class Grid:
         "staleness-aware",
         "gem",
     )
-    """Methods by name (``offbeat methods`` lists them), with settings of their own if wanted: ``"gem(kappa=2)"``."""
+    """Methods by name (``offbeat methods`` lists them), with settings of their own if wanted: ``"gem(kappa=2)"``; from
+    Python also as values, or as pairs of a label and a value."""
     task: Problem = Digits()
     """What is trained: a dataclass with a field ``seed``."""
     workers: tuple[int, ...] = (1, 8, 32)
@@ -126,7 +127,7 @@ class Grid:
     lr: Rate | None = 0.05
     """Learning rate of every method, a number or a schedule; None: each method's own."""
     momentum: float | None = 0.9
-    """Momentum of every method; None: each method's own."""
+    """Momentum of every method that has any (plain ASGD stays plain); None: each method's own."""
     weight_decay: float | None = None
     """Weight decay of every method; None: each method's own."""
     warmup: float = 0.05
@@ -161,7 +162,7 @@ class Grid:
             method = cls(**said)
             for name, value in shared.items():
                 if value is not None and name not in said:
-                    method = _changed(method, name, _always(value), fixed=said)
+                    method = _changed(method, name, _shared(name, value), fixed=said)
             methods[label] = method
         return methods
 
@@ -201,8 +202,11 @@ class Grid:
         }
 
 
-def _entry(entry: str | Method) -> tuple[str, type[Method], dict[str, Any]]:
+def _entry(entry: str | Method | tuple[str, Method]) -> tuple[str, type[Method], dict[str, Any]]:
     """The label and the class of a grid's entry, and the fields that the entry itself sets."""
+    if isinstance(entry, tuple):
+        label, value = entry
+        return label, *_entry(value)[1:]
     if isinstance(entry, Method):
         cls = type(entry)
         said = {f.name: getattr(entry, f.name) for f in fields(entry) if getattr(entry, f.name) != f.default}
