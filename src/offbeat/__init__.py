@@ -35,6 +35,7 @@ from .core.topology import (
 from .engines.cluster import Cluster, Crash, Join, Leave
 from .engines.simulator import Run, simulate
 from .engines.speed import Fixed, Gamma, LogNormal, Recorded, Speed
+from .experiment import Comparison, Grid, compare, rerun
 from .failure import Deadlock, Diverged, Failure, WorkerLost
 from .tasks import Supervised
 from .trace import Event, Incident, Trace
@@ -45,6 +46,7 @@ __all__ = [
     "AdamW",
     "AveragingGossipMethod",
     "Cluster",
+    "Comparison",
     "Complete",
     "Constant",
     "Correction",
@@ -60,6 +62,7 @@ __all__ = [
     "GossipMethod",
     "GradientServer",
     "Graph",
+    "Grid",
     "Incident",
     "Join",
     "Leave",
@@ -96,7 +99,9 @@ __all__ = [
     "Uncorrected",
     "Warmup",
     "WorkerLost",
+    "compare",
     "methods",
+    "rerun",
     "simulate",
     "tasks",
 ]

@@ -389,7 +389,7 @@ class Comparison:
 
     def table(self) -> list[list[str]]:
         """The rows as text, the titles first; a spread follows a plus-minus sign."""
-        columns = [*self.figures, "train_loss", "mean_lag", "mean_gap", "seconds", "speedup"]
+        columns = [*self.figures, "train_loss", "mean_lag", "mean_gap", "mean_consensus", "seconds", "speedup"]
         lines = [["method", "workers", *(TITLES.get(name, name) for name in columns), "failed"]]
         for row in self.rows():
             spread = {name: row.spread[name] for name in (*self.figures, "train_loss") if name in row.spread}
@@ -430,7 +430,7 @@ class Comparison:
         return cls(header, cells)
 
 
-TITLES = {"train_loss": "train loss", "mean_lag": "lag", "mean_gap": "gap", "speedup": "speed-up"}
+TITLES = {"train_loss": "train loss", "mean_lag": "lag", "mean_gap": "gap", "mean_consensus": "consensus", "speedup": "speed-up"}
 
 
 def show(name: str, value: float, spread: float | None = None) -> str:

@@ -166,5 +166,9 @@ class Master(GradientServer):
         sent = self.sends(x, shared, lr)
         return s, Seat(s.step, sent if self.correction.compares else (), mine, mine_memory), self.reply(s, sent)
 
+    def refresh(self, s: MasterState, own: Seat, reply: Message) -> tuple[Seat, Message]:
+        sent = self.sends(s.x, s.mover, rate(self.lr, s.step))
+        return own._replace(at=s.step, sent=sent if self.correction.compares else ()), self.reply(s, sent)
+
     def master(self, s: MasterState) -> Tensor:
         return s.x

@@ -254,6 +254,9 @@ class Server:
         self.state = self.method.leave(self.state, self.own.pop(worker))
         del self.seen[worker], self.clock[worker]
         self.waiting.pop(worker, None)
+        self.waiting = {
+            other: (-1, reply) for other, (_, reply) in self.waiting.items()
+        }  # made before the state changed
         return self.release()
 
     def serve(self, worker: int, msg: Message) -> Message:

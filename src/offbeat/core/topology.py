@@ -86,6 +86,7 @@ class Topology(ABC):
         product off the mean. For a random topology the root of the largest eigenvalue of E[W'W] off the mean (Boyd,
         Ghosh, Prabhakar, Shah. Randomized gossip algorithms. 2006), estimated from 256 rounds.
         """
+        self.check(n)
         off = torch.eye(n, dtype=torch.float64) - 1 / n
         if cycle := self.cycle(n):
             product = off
@@ -293,7 +294,7 @@ class Graph(_Undirected):
             raise ValueError(
                 "Graph.of: the graph is directed: give graph.to_undirected(), or use Exponential or Mixing"
             )
-        touched = {i for link in graph.edges for i in link}
+        touched = {i for link in graph.edges if link[0] != link[1] for i in link}
         if len(touched) < len(graph):
             raise ValueError(
                 f"Graph.of: nodes {sorted(set(graph.nodes) - touched)} have no edge: connect or remove them"
@@ -367,8 +368,8 @@ class Mixing(Topology):
                 self, "shares", abs(total - 1) < 1e-9, f"column {i} sums to {total:.9g}: a node's shares must sum to 1"
             )
             require(self, "shares", self.shares[i][i] > 0, f"node {i} keeps nothing: make the diagonal positive")
-        links = tuple((i, j) for i in range(n) for j in range(n) if i != j and self.shares[j][i] > 0)
-        require(self, "shares", _connected(n, links), "is not connected, so its parts would never agree")
+        whole = torch.matrix_power((torch.tensor(self.shares) > 0).double(), n) > 0  # the diagonal keeps shorter paths
+        require(self, "shares", bool(whole.all()), "is not connected both ways, so its parts would never agree")
 
     @property
     def doubly_stochastic(self) -> bool:  # type: ignore[override]

@@ -46,16 +46,19 @@ class Run:
     def summary(self) -> dict[str, float]:
         """The run in a few floats: the problem's figures, and what the cluster did.
 
-        ``train_loss`` is the mean minibatch loss over the last tenth of the gradients (at least one).
+        ``train_loss`` is the mean minibatch loss over the last tenth of the gradients (at least one); ``mean_consensus``
+        the mean RMSE of peers to their mean, 0 with a server.
         """
         loss, lag, gap = (self.trace.column(name).double() for name in ("loss", "lag", "gap"))
         last = max(1, len(loss) // 10)
         lost = sum(i.lost for i in self.trace.incidents)
         crashed = sum(i.what == "crashed" for i in self.trace.incidents)
+        consensus = self.trace.column("consensus") if "consensus" in self.trace.columns else torch.zeros(1)
         return self.figures | {
             "train_loss": float(loss[-last:].mean()),
             "mean_lag": float(lag.mean()),
             "mean_gap": float(gap.mean()),
+            "mean_consensus": float(consensus.mean()),
             "seconds": self.seconds,
             "gradients": float(len(loss)),
             "gradients_per_second": len(loss) / self.seconds,
@@ -157,6 +160,7 @@ class Simulation:
                 "evaluate_every": evaluate_every,
                 "parameters": self.x0.numel(),
                 "provenance": dict(getattr(problem, "provenance", {})),
+                "threads": torch.get_num_threads(),
                 "versions": {"offbeat": __version__, "torch": torch.__version__, "python": platform.python_version()},
             }
         )

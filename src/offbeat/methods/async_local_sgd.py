@@ -34,12 +34,14 @@ class OuterState(NamedTuple):
     visits: Tensor  # pseudo-gradients applied so far (t), 0-dim
     m: Tensor  # outer momentum [d]
     sum: Tensor  # pseudo-gradients that wait (Delta) [d]
-    share: Tensor  # the largest share of all gradients that one worker has had lately, 0-dim
+    lead: Tensor  # gradients that the fastest worker has taken so far, 0-dim
 
 
 class Pace(NamedTuple):
-    step: Tensor  # the server's step when the worker was last sent parameters, 0-dim
-    steps: Tensor  # local steps that it was told to take, 0-dim
+    steps: Tensor  # local steps that the worker was told to take, 0-dim
+    lead: Tensor  # the fastest worker's gradients when it was told, 0-dim
+    took: Tensor  # its own gradients, fading by a fifth at each visit, 0-dim
+    passed: Tensor  # the fastest worker's in the same time, fading alike, 0-dim
 
 
 Reply = tuple[Tensor, Tensor, Tensor]  # parameters, the server's step, local steps to take
@@ -100,7 +102,7 @@ class AsyncLocalSGD(ServerMethod, name="async-local-sgd"):
 
     def admit(self, s: OuterState) -> tuple[OuterState, Pace, Reply]:
         steps = count(s.x) + self.period
-        return s, Pace(s.step, steps), (s.x, s.step, steps)
+        return s, Pace(steps, s.lead, count(s.x), count(s.x)), (s.x, s.step, steps)
 
     def leave(self, s: OuterState, own: Pace) -> OuterState:
         return s
@@ -108,20 +110,19 @@ class AsyncLocalSGD(ServerMethod, name="async-local-sgd"):
     def serve(self, s: OuterState, own: Pace, msg: Tensor) -> tuple[OuterState, Pace, Reply]:
         x, m, total = self.outer(s, msg, rate(self.outer_lr, s.visits))
         step = s.step + own.steps
-        s = OuterState(x, step, s.visits + 1, m, total, s.share)
-        share, steps = self.pace(s, own)
-        return s._replace(share=share), Pace(step, steps), (x, step, steps)
+        lead, own = self.pace(s, own)
+        return OuterState(x, step, s.visits + 1, m, total, lead), own, (x, step, own.steps)
 
     def outer(self, s: OuterState, g: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The server's point, momentum and waiting sum after the pseudo-gradient ``g``. [d] each"""
         return s.x - lr * g, s.m, s.sum
 
-    def pace(self, s: OuterState, own: Pace) -> tuple[Tensor, Tensor]:
-        """The largest share of gradients of one worker, and how many steps this one takes next."""
-        return s.share, own.steps
+    def pace(self, s: OuterState, own: Pace) -> tuple[Tensor, Pace]:
+        """The fastest worker's gradients after this visit, and the visitor's pace."""
+        return s.lead, own
 
     def refresh(self, s: OuterState, own: Pace, reply: Reply) -> tuple[Pace, Reply]:
-        return own._replace(step=s.step), (s.x, s.step, own.steps)
+        return own, (s.x, s.step, own.steps)
 
     def master(self, s: OuterState) -> Tensor:
         return s.x
@@ -156,7 +157,7 @@ class DelayedNesterov(AsyncLocalSGD):
         total = s.sum + g
         due = (s.visits + 1) % self.buffer == 0
         m = torch.where(due, self.outer_momentum * s.m + total / self.buffer, s.m)
-        applied = torch.where(due, 1 - self.c * self.buffer + self.c, self.c) * self.outer_momentum
+        applied = self.outer_momentum * (self.c + due.to(s.visits.dtype) * (1 - self.c * self.buffer))
         return s.x - lr * (applied * m + g / self.buffer), m, torch.where(due, 0.0, total)
 
 
@@ -166,15 +167,16 @@ class DyLU(DelayedNesterov, name="dylu"):
 
     Liu et al. Asynchronous Local-SGD Training for Language Modeling. arXiv:2401.09135 (DN + DyLU): H_i = floor(v_i /
     max v * H).
-    Differences from the paper: a worker's speed is not measured in seconds, which a method does not know, but as its
-    share of all gradients between two of its visits; the largest share forgets 1 % at each visit.
-    Weight decay is the inner rule's, the server's point is evaluated.
+    Differences from the paper: a method knows no seconds, so its clock is the fastest worker's gradients: v_i / max v is
+    what a worker took between two of its visits over what the fastest did, older visits fading by a fifth each.
+    Weight decay is the inner rule's, the server's point is evaluated. When the fastest worker goes, the next takes its place.
     """
 
-    def pace(self, s: OuterState, own: Pace) -> tuple[Tensor, Tensor]:
-        share = own.steps / (s.step - own.step)
-        largest = torch.maximum(0.99 * s.share, share)
-        return largest, (share / largest * self.period + 1e-9).floor().clamp(min=1.0)
+    def pace(self, s: OuterState, own: Pace) -> tuple[Tensor, Pace]:
+        lead = torch.maximum(s.lead, own.lead + own.steps)
+        took, passed = 0.8 * own.took + own.steps, 0.8 * own.passed + (lead - own.lead)
+        steps = (took / passed * self.period + 1e-9).floor().clamp(min=1.0)
+        return lead, Pace(steps, lead, took, passed)
 
 
 @dataclass(frozen=True)

@@ -86,5 +86,8 @@ class Downpour(ServerMethod):
         s = Sum(s.x + msg, s.step + self.period)
         return s, own, (s.x, s.step)
 
+    def refresh(self, s: Sum, own: tuple[()], reply: tuple[Tensor, Tensor]) -> tuple[tuple[()], tuple[Tensor, Tensor]]:
+        return own, (s.x, s.step)
+
     def master(self, s: Sum) -> Tensor:
         return s.x

@@ -103,6 +103,9 @@ class GEM(GradientServer):
         x = s.x + v.u
         return GEMState(x, s.step + 1), GEMSeat(v.m, s.x, torch.zeros_like(own.lr) + rate(self.lr, s.step)), x
 
+    def refresh(self, s: GEMState, own: GEMSeat, reply: Tensor) -> tuple[GEMSeat, Tensor]:
+        return own, s.x
+
     def master(self, s: GEMState) -> Tensor:
         return s.x
 
