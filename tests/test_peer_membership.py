@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_peer_laws import DISH, JUMP, Dish, Scatter, close
+from test_peer_laws import DISH, JUMP, Scatter, close
 from torch import Tensor
 
 import offbeat as ob
@@ -101,7 +101,7 @@ SCENARIOS: dict[str, Events] = {  # four workers, a second for a gradient
         Join(11, 6.3),
     ),
     "all leave, then two join": (*(Leave(i, 3.5) for i in range(4)), Join(9, 6.0), Join(1, 6.0)),
-    "all are replaced": (*(Join(4 + i, 2.5) for i in range(4)), *(Crash(i, 5.5) for i in range(4))),
+    "all are replaced": (*(Join(4 + i, 2.5) for i in range(4)), *(Crash(i, 4.5) for i in range(4))),
     "all at one instant": (Crash(0, 3.0), Leave(1, 3.0), Join(4, 3.0), Crash(2, 3.0), Join(2, 3.0)),
 }
 
@@ -114,7 +114,7 @@ def sized(cls: type[ob.Method], period: int) -> ob.Method:
     return dataclasses.replace(method, period=period) if hasattr(method, "period") else method
 
 
-def check(method: ob.Method, events: Events, speed: ob.Speed, workers: int = 4, gradients: int = 60) -> ob.Run:
+def check(method: ob.Method, events: Events, speed: ob.Speed, workers: int = 4, gradients: int = 46) -> ob.Run:
     """One run: exactly these gradients, finite, who is there in the end on record, no minibatch twice."""
     cluster = ob.Cluster(workers, speed, events)
     run = ob.simulate(method, DISH, cluster, gradients=gradients, seed=2)
@@ -162,8 +162,8 @@ def test_a_run_of_a_composed_method_goes_on(name: str) -> None:
 def test_of_few_and_of_many(cls: type[ob.Method], workers: int) -> None:
     """All at the start go, some at once and some not, and others take over."""
     gone = [(Crash if i % 2 else Leave)(i, 3.0 + 0.25 * (i // 2)) for i in range(workers)]
-    check(sized(cls, 2), (*gone, Join(20, 3.25), Join(21, 5.0)), EVEN, workers, gradients=60)
-    check(sized(cls, 5), (Join(20, 2.3), *gone, Join(0, 7.0)), UNEVEN, workers, gradients=60)
+    check(sized(cls, 2), (*gone, Join(20, 3.25), Join(21, 5.0)), EVEN, workers)
+    check(sized(cls, 5), (Join(20, 2.3), *gone, Join(0, 7.0)), UNEVEN, workers)
 
 
 def random_events(seed: int, workers: int, back: bool) -> Events:
@@ -269,7 +269,7 @@ class Still:
 
         def stepped() -> bool:
             now = sim.clock.now
-            there = {i: part(w.node.state, [msg for _, msg in w.inbox]) for i, w in sim.workers.items()}
+            there = {i: part(w.node.state, [msg for _, _, msg in w.inbox]) for i, w in sim.workers.items()}
             going = step()
             if sim.clock.now > now > 3:  # nothing more happened at that instant, and all have jumped
                 self.moments.append(there)
@@ -428,8 +428,3 @@ def test_a_newcomer_waits_for_the_next_average_and_starts_there(name: str) -> No
     assert first.seconds == 7
     at_once = [event for event in run.trace if event.seconds == first.seconds]
     assert {event.worker for event in at_once} == {0, 1, 2, 3, 4}
-
-
-def test_problem_is_pure() -> None:
-    a, b = (Dish().grad(DISH.x0(), 3, 4)[0] for _ in range(2))
-    assert torch.equal(a, b)

@@ -84,6 +84,7 @@ def test_what_a_run_reports() -> None:
         "train_loss": float(loss[-4:].mean()),
         "mean_lag": float(lag.mean()),
         "mean_gap": float(gap.mean()),
+        "mean_consensus": 0.0,
         "seconds": 20.0,
         "gradients": 40.0,
         "gradients_per_second": 2.0,

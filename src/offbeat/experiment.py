@@ -430,7 +430,13 @@ class Comparison:
         return cls(header, cells)
 
 
-TITLES = {"train_loss": "train loss", "mean_lag": "lag", "mean_gap": "gap", "mean_consensus": "consensus", "speedup": "speed-up"}
+TITLES = {
+    "train_loss": "train loss",
+    "mean_lag": "lag",
+    "mean_gap": "gap",
+    "mean_consensus": "consensus",
+    "speedup": "speed-up",
+}
 
 
 def show(name: str, value: float, spread: float | None = None) -> str:

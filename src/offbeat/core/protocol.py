@@ -43,12 +43,18 @@ class Send(NamedTuple):
 
     to: int
     msg: Message
+    round: int | None = None
+    """The round that it belongs to, for methods that go in rounds."""
 
 
 class Recv(NamedTuple):
-    """Wait for the next message of each of ``sources``. Answer: ``{source: message}``; the dead are missing."""
+    """Wait for a message of ``round`` (None: the next one) from each of ``sources``. Answer: ``{source: message}``.
+
+    Missing are those who will not send one any more: the dead, and whoever came back in a later round.
+    """
 
     sources: tuple[int, ...]
+    round: int | None = None
 
 
 class Inbox(NamedTuple):
@@ -56,10 +62,11 @@ class Inbox(NamedTuple):
 
 
 class AllReduce(NamedTuple):
-    """Wait for all living nodes of ``members`` to ask the same. Answer: the mean of their messages."""
+    """Wait for all living nodes of ``members`` to ask the same in the same round. Answer: the mean of their messages."""
 
     msg: Message
     members: Members
+    round: int | None = None
 
 
 Request = Gradient | Ask | Send | Recv | Inbox | AllReduce
@@ -79,8 +86,8 @@ class Node:
     """What random peers are drawn from, the same for all nodes of a run."""
     view: Callable[[int], Members] = lambda step: (0,)
     """The members that take part in round ``step``, in rising order; the engine answers, the same to all who ask."""
-    due: Mapping[int, float] | None = None
-    """The weights of a round's messages that are still under way to this node."""
+    due: tuple[int, Mapping[int, float]] | None = None
+    """A round whose messages are still under way to this node, and their weights."""
 
 
 @singledispatch
@@ -182,7 +189,7 @@ def _turn(method: Method, cell: Cell, node: Node, free: bool = True) -> Loop:
     if isinstance(method, PeriodicMethod):
         mean = method.contribute(cell.state)
         if mean is not None:
-            mean = yield AllReduce(mean, method.group(node.id, node.view(node.step - 1)))
+            mean = yield AllReduce(mean, method.group(node.id, node.view(node.step - 1)), node.step)
         cell.state = method.absorb(cell.state, mean)
 
 
@@ -195,9 +202,9 @@ def _gossip(method: RoundGossipMethod, cell: Cell, node: Node) -> Loop:
     keep = out.pop(node.id)
     cell.state, messages = method.send(cell.state, out, keep)
     for peer, msg in messages.items():
-        if not (yield Send(peer, msg)):
+        if not (yield Send(peer, msg, node.step)):
             cell.state = method.returned(cell.state, msg)
-    node.due = round.into[node.id]
+    node.due = node.step, round.into[node.id]
     if not method.overlaps:
         yield from _collect(method, cell, node)
 
@@ -206,9 +213,9 @@ def _collect(method: RoundGossipMethod, cell: Cell, node: Node) -> Loop:
     """Take what is under way to this node, so that nothing is."""
     if node.due is None:
         return
-    into = dict(node.due)
+    round, into = node.due[0], dict(node.due[1])
     own, node.due = into.pop(node.id), None
-    inbox = yield Recv(tuple(into))
+    inbox = yield Recv(tuple(into), round)
     cell.state = method.merge(cell.state, inbox, into, own)
 
 

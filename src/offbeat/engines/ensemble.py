@@ -193,7 +193,8 @@ class Peers(Ensemble):
             self.squares -= float(x.double().dot(x.double()))
             if not self.nodes:
                 self.last = node
-                self._revive([new for _, new in self.waiting])
+                self.revived = [new for _, new in self.waiting]
+                self._revive(self.revived)
             elif orderly and isinstance(self.method, GossipMethod):
                 heir = min(self.nodes.values(), key=lambda n: n.id)
                 heir.state = self.method.inherit(heir.state, node.state)
@@ -224,8 +225,10 @@ class Peers(Ensemble):
     def _revive(self, nodes: list[Node]) -> None:
         """Nobody is left to wait for: these take up where the last one stopped."""
         assert self.last is not None
-        self.waiting, self.revived = [], nodes
+        self.waiting = []
         self.views = [(0, tuple(sorted(node.id for node in nodes)))]
+        if isinstance(self.method, PeriodicMethod):  # it may have stopped inside a block, and they begin one
+            self.last.step = self.method.boundary(self.last.step)
         for node in nodes:
             self._join(node, self.last)
 

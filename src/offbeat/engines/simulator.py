@@ -103,7 +103,7 @@ class _Worker:
     leaving: bool = False
     returning: bool = False  # to join again as soon as it has left
     waits: Request | None = None
-    inbox: deque[tuple[int, Message]] = field(default_factory=deque)
+    inbox: deque[tuple[int, int | None, Message]] = field(default_factory=deque)
 
 
 @dataclass
@@ -147,7 +147,7 @@ class Simulation:
         self.streams: dict[int, Iterator[float]] = {}
         self.steps: dict[int, int] = {}
         self.newcomers: dict[int, Node] = {}
-        self.reducing: dict[Members, dict[int, Message]] = {}
+        self.reducing: dict[tuple[Members, int | None], dict[int, Message]] = {}
         self.ensemble = ensemble(method, self.x0, seed)
         self.trace = Trace(
             {
@@ -226,14 +226,14 @@ class Simulation:
         self.trace.note(Incident(self.clock.now, worker.node.id, what, lost))
         orderly = what == "left"
         if orderly and isinstance(self.method, GossipMethod):
-            for _, message in worker.inbox:
+            for _, _, message in worker.inbox:
                 worker.node.state = self.method.returned(worker.node.state, message)
         self._release(self.ensemble.leave(worker.node, orderly))
         for other in list(self.workers.values()):
             if isinstance(other.waits, Recv):
                 self._receive(other)
-        for members in list(self.reducing):
-            self._reduce(members)
+        for members, round in list(self.reducing):
+            self._reduce(members, round)
         for newcomer in self.ensemble.arrivals(None):
             self._start(newcomer)
         if worker.returning:
@@ -271,8 +271,8 @@ class Simulation:
             if isinstance(request, Recv):
                 return self._receive(worker)
             if isinstance(request, AllReduce):
-                self.reducing.setdefault(request.members, {})[worker.node.id] = request.msg
-                return self._reduce(request.members)
+                self.reducing.setdefault((request.members, request.round), {})[worker.node.id] = request.msg
+                return self._reduce(request.members, request.round)
             if isinstance(request, Ask) and request.to == SERVER:
                 return self._visit(worker, request.msg)
             worker.waits = None
@@ -281,7 +281,7 @@ class Simulation:
             elif isinstance(request, Send):
                 answer = self._send(worker, request)
             else:
-                answer = list(worker.inbox)
+                answer = [(source, message) for source, _, message in worker.inbox]
                 worker.inbox.clear()
 
     def _grant(self, worker: _Worker) -> None:
@@ -329,31 +329,37 @@ class Simulation:
         to = self.workers.get(request.to)
         if to is None:
             return False
-        to.inbox.append((worker.node.id, request.msg))
+        to.inbox.append((worker.node.id, request.round, request.msg))
         if isinstance(to.waits, Recv) and worker.node.id in to.waits.sources:
             self._receive(to)
         return True
 
+    def _comes(self, node: int, round: int | None) -> bool:
+        """Whether the node may still say something that belongs to ``round``."""
+        return node in self.workers and (round is None or self.workers[node].node.step <= round)
+
     def _receive(self, worker: _Worker) -> None:
         assert isinstance(worker.waits, Recv)
+        sources, round = worker.waits
         got: dict[int, Message] = {}
-        rest: deque[tuple[int, Message]] = deque()
-        for source, message in worker.inbox:
-            if source in worker.waits.sources and source not in got:
+        rest: deque[tuple[int, int | None, Message]] = deque()
+        for item in worker.inbox:
+            source, of, message = item
+            if of == round and source in sources and source not in got:
                 got[source] = message
             else:
-                rest.append((source, message))
-        if all(source in got or source not in self.workers for source in worker.waits.sources):
+                rest.append(item)
+        if all(source in got or not self._comes(source, round) for source in sources):
             worker.inbox = rest
             self._resume(worker, got)
 
-    def _reduce(self, members: Members) -> None:
-        """Answer those who reduce over ``members``, once all of them that live have asked."""
-        asked = self.reducing[members]
-        here = [m for m in members if m in self.workers]
+    def _reduce(self, members: Members, round: int | None) -> None:
+        """Answer those who reduce over ``members`` in ``round``, once all of them who can have asked."""
+        asked = self.reducing[members, round]
+        here = [m for m in members if self._comes(m, round)]
         if all(m in asked for m in here):
-            del self.reducing[members]
-            mean = average([asked[m] for m in here])
+            del self.reducing[members, round]
+            mean = average([asked[m] for m in here]) if here else None
             for m in here:
                 self._resume(self.workers[m], mean)
 
@@ -412,10 +418,10 @@ class Simulation:
     def _waits(self, worker: _Worker) -> str:
         request, who = worker.waits, worker.node.id
         if isinstance(request, Recv):
-            here = {source for source, _ in worker.inbox}
+            here = {source for source, round, _ in worker.inbox if round == request.round}
             return f"worker {who} waits for {', '.join(str(s) for s in request.sources if s not in here)}"
         if isinstance(request, AllReduce):
-            asked = self.reducing[request.members]
+            asked = self.reducing[request.members, request.round]
             others = [str(m) for m in request.members if m in self.workers and m not in asked]
             return f"worker {who} waits for {', '.join(others)} to reduce"
         return f"worker {who} waits for the server's reply"

@@ -51,7 +51,9 @@ def resnet18(classes: int, mean: Numbers, std: Numbers) -> Classifier:
     The net of the CIFAR experiments of SlowMo (Wang, Tantia, Ballas, Rabbat, arXiv:1910.00643): the ImageNet net of
     arXiv:1512.03385 with stride 1 and no pooling at the start, and projections (option B) where the shape changes.
     """
-    body = _stages(64, [(64, 2, 1), (128, 2, 2), (256, 2, 2), (512, 2, 2)], lambda c, w, s: Basic(c, w, s, _project(c, w, s)))
+    body = _stages(
+        64, [(64, 2, 1), (128, 2, 2), (256, 2, 2), (512, 2, 2)], lambda c, w, s: Basic(c, w, s, _project(c, w, s))
+    )
     return Classifier(_small_stem(64), body, nn.Linear(512, classes), mean, std)
 
 
