@@ -345,8 +345,12 @@ def test_the_one_peer_exponential_graph_is_the_exact_mean_in_log2_n_rounds(n: in
 
 
 @pytest.mark.parametrize("n", [3, 5, 6, 7, 9])
-def test_the_one_peer_exponential_graph_is_not_exact_for_other_numbers(n: int) -> None:
-    assert 0 < OnePeerExponential().spectral_gap(n) < 0.99
+def test_gap_of_the_one_peer_exponential_graph_for_other_numbers(n: int) -> None:
+    """Rounds commute: a cycle's eigenvalues are products of |cos(pi hop k / n)|; the gap is per round."""
+    hops = [h for h in (1, 2, 4, 8) if h < n]
+    radius = max(math.prod(abs(math.cos(math.pi * h * k / n)) for h in hops) for k in range(1, n))
+    assert OnePeerExponential().spectral_gap(n) == pytest.approx(1 - radius ** (1 / len(hops)), abs=1e-7)
+    assert radius > 1e-3
 
 
 @pytest.mark.parametrize("n", [4, 8, 16])
