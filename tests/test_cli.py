@@ -18,6 +18,7 @@ import offbeat as ob
 from offbeat import cli
 from offbeat.core.values import parse
 from offbeat.experiment import Comparison, rerun
+from offbeat.tasks import TASKS
 
 QUICK = ["--task", "quadratic", "--gradients", "60"]
 ROOT = Path(ob.__file__).parent
@@ -344,3 +345,11 @@ def test_a_new_file_in_the_methods_folder_is_there_at_once(tmp_path: Path) -> No
     done = offbeat("simulate", "--method", "half-step", "--share", "0.25", *QUICK, "--out", "x", PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert "HalfStep(" in ob.Trace.read("x/trace.jsonl").header["method"]
+
+
+def test_tasks_lists_every_task_and_its_data() -> None:
+    """What each needs, and where it was looked for."""
+    done = subprocess.run([sys.executable, "-m", "offbeat", "tasks"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in TASKS)
+    assert "needs no files" in done.stdout

@@ -48,7 +48,7 @@ from .experiment import EVALUATIONS, Cell, CellFailed, Comparison, Grid, compare
 from .failure import Failure
 from .methods import all_methods, find
 from .names import KINDS, read
-from .tasks import TASKS
+from .tasks import TASKS, catalogue
 from .trace import Event
 
 USAGE, FAILED, INTERRUPTED = 2, 3, 130
@@ -97,6 +97,25 @@ class Methods(Command):
             [c.name, c.__name__, _kind(c), " ".join((c.__doc__ or "").split("\n\n")[0].split())] for c in all_methods()
         ]
         out.print(_table(["method", "class", "kind", ""], lines, right=()))
+        return 0
+
+
+@dataclass(frozen=True)
+class Tasks(Command):
+    """List all tasks, the data that each needs, and whether it was found."""
+
+    def run(self, argv: Sequence[str]) -> int:
+        lines = []
+        for entry in catalogue():
+            where = entry.where
+            if where is None:
+                data = "needs no files"
+            elif where.present:
+                data = f"{where.title}: found in {next(iter(where.found.values())).parent}"
+            else:
+                data = f"{where.title}: {len(where.missing)} files missing; put them in {where.folders[0]}"
+            lines.append([entry.name, entry.summary, data])
+        out.print(_table(["task", "", "data"], lines, right=()))
         return 0
 
 
@@ -230,7 +249,13 @@ class Report(Command):
         return 0
 
 
-COMMANDS: dict[str, type[Command]] = {"methods": Methods, "simulate": Simulate, "compare": Compare, "report": Report}
+COMMANDS: dict[str, type[Command]] = {
+    "methods": Methods,
+    "tasks": Tasks,
+    "simulate": Simulate,
+    "compare": Compare,
+    "report": Report,
+}
 
 
 def main(argv: Sequence[str]) -> int:
