@@ -936,7 +936,7 @@ class Engine:
         self.nodes = [Node(i, method, method.init(X0), seed=seed, view=lambda step: members) for i in members]
         self.loops = [loop(method, node) for node in self.nodes]
         self.asked: list[Any] = [next(life) for life in self.loops]
-        self.mail: list[list[tuple[int, Any]]] = [[] for _ in members]  # under way to each
+        self.mail: list[list[tuple[int, int | None, Any]]] = [[] for _ in members]  # under way to each
         self.answers: dict[int, Any] = {}  # under way back to each
         self.taken = Counter[int]()
         self.sent = Counter[int]()
@@ -945,38 +945,34 @@ class Engine:
     def can_go_on(self, i: int) -> bool:
         asked = self.asked[i]
         if isinstance(asked, Recv):
-            return set(asked.sources) <= {source for source, _ in self.mail[i]}
+            return set(asked.sources) <= {source for source, round, _ in self.mail[i] if round == asked.round}
         return not isinstance(asked, Reduce) or all(isinstance(self.asked[j], Reduce) for j in asked.members)
 
     def tick(self) -> tuple[int, Tensor | None]:
         """Let one node go on that can; who it was, and the gradient if it took one."""
         i = self.rng.choice([i for i in range(len(self.nodes)) if self.can_go_on(i)])
         match self.asked[i]:
-            case Gradient(x):
+            case Gradient(x=x):
                 g, _ = self.problem.grad(x, i, self.taken[i])
                 self.taken[i] += 1
                 self.go_on(i, g)
                 return i, g
-            case Ask(to, msg) if i not in self.answers:
+            case Ask(to=to, msg=msg) if i not in self.answers:
                 self.crossed += to in self.answers
                 self.nodes[to].state, self.answers[i] = self.method.meet(self.nodes[to].state, msg)  # type: ignore[attr-defined]
             case Ask():
                 self.go_on(i, self.answers.pop(i))
-            case Recv(sources):
-                got: dict[int, Any] = {}
-                late = []
-                for source, msg in self.mail[i]:
-                    if source in sources and source not in got:
-                        got[source] = msg
-                    else:
-                        late.append((source, msg))
-                self.mail[i] = late
-                self.go_on(i, got)
+            case Recv(sources, round):
+                due = {(source, round) for source in sources}
+                here = [letter for letter in self.mail[i] if letter[:2] in due]
+                self.mail[i] = [letter for letter in self.mail[i] if letter[:2] not in due]
+                assert len(here) == len(due), "one message of a round from each source"
+                self.go_on(i, {source: msg for source, _, msg in here})
             case Inbox():
                 arrived = self.rng.randint(0, len(self.mail[i]))
                 here, self.mail[i] = self.mail[i][:arrived], self.mail[i][arrived:]
-                self.go_on(i, here)
-            case Reduce(_, members):
+                self.go_on(i, [(source, msg) for source, _, msg in here])
+            case Reduce(members=members):
                 messages = [self.asked[j].msg for j in members]
                 self.reducing(messages)
                 for j in members:
@@ -986,8 +982,8 @@ class Engine:
     def go_on(self, i: int, answer: Any) -> None:
         self.asked[i] = self.loops[i].send(answer)
         while isinstance(self.asked[i], Send):
-            to, msg = self.asked[i]
-            self.mail[to].append((i, msg))
+            to, msg, round = self.asked[i]
+            self.mail[to].append((i, round, msg))
             self.sent[i] += 1
             self.asked[i] = self.loops[i].send(True)
 
@@ -995,7 +991,7 @@ class Engine:
         """All of ``messages`` are about to be averaged."""
 
     def letters(self) -> list[Any]:
-        return [msg for box in self.mail for _, msg in box]
+        return [msg for box in self.mail for *_, msg in box]
 
 
 def close(a: Tensor | float, b: Tensor | float) -> bool:
