@@ -82,6 +82,8 @@ class Node:
     state: Any = None
     step: int = 0
     """Steps of the worker that are complete, their messages included: the number of the round it is in."""
+    since: int = 0
+    """The round in which it came."""
     seed: int = 0
     """What random peers are drawn from, the same for all nodes of a run."""
     view: Callable[[int], Members] = lambda step: (0,)

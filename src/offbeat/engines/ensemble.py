@@ -233,7 +233,8 @@ class Peers(Ensemble):
             self._join(node, self.last)
 
     def _seat(self, node: Node, state: Any, step: int) -> None:
-        node.view, node.seed, node.state, node.step = self.view, self.seed, state, step
+        node.view, node.seed, node.state = self.view, self.seed, state
+        node.step = node.since = step
         self.nodes[node.id] = node
         x = self.models[node.id] = self.method.params(state)
         self.total += x

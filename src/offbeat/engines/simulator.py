@@ -327,8 +327,8 @@ class Simulation:
 
     def _send(self, worker: _Worker, request: Send) -> bool:
         to = self.workers.get(request.to)
-        if to is None:
-            return False
+        if to is None or (request.round is not None and request.round < to.node.since):
+            return False  # dead, or not the one who would have taken it
         to.inbox.append((worker.node.id, request.round, request.msg))
         if isinstance(to.waits, Recv) and worker.node.id in to.waits.sources:
             self._receive(to)
