@@ -22,6 +22,7 @@ def plain(problem: Supervised, gradients: int) -> None:
     module = problem.model()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, nesterov=True)
     inputs, targets = problem.train
+    inputs = inputs.to(problem.dtype) if inputs.is_floating_point() else inputs
     order = torch.randperm(len(targets))
     batches = len(targets) // problem.batch
     for step in range(gradients):

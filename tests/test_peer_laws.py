@@ -1275,9 +1275,9 @@ def test_the_seed_decides_and_nothing_else(cls: type[ob.GossipMethod]) -> None:
 # ---------------------------------------------------------------- the consensus in the trace
 
 
-def consensus(method: ob.Method, gradients: int = 200) -> tuple[Tensor, Tensor]:
+def consensus(method: ob.Method, events: tuple[Any, ...] = ()) -> tuple[Tensor, Tensor]:
     """The trace's column, and the RMSE of the peers' models to their mean just before each gradient took effect."""
-    sim = Simulation(method, DISH, ob.Cluster(N, UNEVEN), gradients, seed=1)  # type: ignore[arg-type]
+    sim = Simulation(method, DISH, ob.Cluster(N, UNEVEN, events), 200, seed=1)  # type: ignore[arg-type]
     step, wanted = sim.clock.step, []
 
     def stepped() -> bool:
@@ -1302,6 +1302,13 @@ def test_consensus_is_the_distance_of_the_peers_from_their_mean(method: ob.Metho
     assert found.shape == wanted.shape == (200,)
     assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)  # a difference of squares
     assert float(wanted.max()) > 0.05
+
+
+@pytest.mark.parametrize("method", [LocalSGD(period=TAU), SGP(), ADPSGD()], ids=lambda method: type(method).__name__)
+def test_consensus_is_that_of_those_who_are_there(method: ob.Method) -> None:
+    events = (ob.Crash(1, 5.1), ob.Join(7, 8.2), ob.Leave(0, 11.3), ob.Join(1, 14.7))
+    found, wanted = consensus(method, events)
+    assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_consensus_of_all_reduce_is_zero() -> None:
