@@ -88,8 +88,11 @@ def test_what_a_run_reports() -> None:
         "seconds": 20.0,
         "gradients": 40.0,
         "gradients_per_second": 2.0,
+        "megabytes": 40 * run.x.numel() * run.x.element_size() / 1e6,
         "crashes": 0.0,
         "lost_gradients": 0.0,
+        "undone_gradients": 0.0,
+        "lost_messages": 0.0,
     }
     assert run.trace[0].loss == float(BOWL.grad(BOWL.x0(), 0, 0)[1])
 
@@ -538,9 +541,9 @@ def test_an_inbox_holds_everything_in_order_and_never_waits() -> None:
 
     def talk(node: Node, x: Tensor) -> Loop:
         if node.id < 2:
-            yield Send(2, node.step)
+            yield Send(2, torch.tensor(node.step))
         else:
-            got.append((yield Inbox()))
+            got.append([(source, int(step)) for source, step in (yield Inbox())])
         return x
 
     simulate(ob.Cluster(3, ob.Fixed((1.0, 2.1, 5.5))), 34, Talker(talk))

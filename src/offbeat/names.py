@@ -13,17 +13,20 @@ from .core.schedule import Schedule
 from .core.topology import Topology
 from .core.values import parse
 from .engines.cluster import Cluster, Membership
+from .engines.faults import Fault
+from .engines.network import Link, Network
 from .engines.speed import Speed
 from .tasks import TASKS
 
-KINDS = (Method, Correction, Rule, Schedule, Topology, Speed, Membership)
+KINDS = (Method, Correction, Rule, Schedule, Topology, Speed, Membership, Fault)
 """The base classes of what can be named; a class of the library under one of them is found."""
 
 
 def names() -> dict[str, Callable[..., Any]]:
     """Every constructor by its class name."""
     found: dict[str, Callable[..., Any]] = {cls.__name__: cls for kind in KINDS for cls in _concrete(kind)}
-    return {**found, "Cluster": Cluster, **{cls.__name__: cls for cls in TASKS.values()}}
+    others = (Cluster, Network, Link, *TASKS.values())
+    return {**found, **{cls.__name__: cls for cls in others}}
 
 
 def read(text: str, known: Mapping[str, Callable[..., Any]] | None = None) -> Any:

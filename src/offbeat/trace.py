@@ -29,6 +29,10 @@ class Event(NamedTuple):
     normalised_gap: float  # mean over parameters of |master - point| / root-mean-square update of that parameter
     loss: float  # minibatch loss at that point
     extra: dict[str, float]  # the method's own figures
+    compute: float = 0.0  # seconds that the gradient took
+    waited: float = 0.0  # seconds for which the worker had waited, since its last gradient, before it began this one
+    sent: float = 0.0  # bytes that the worker has sent since its last event
+    transit: float = 0.0  # mean seconds from sending to arrival of what has come to the worker since its last event
 
 
 class Incident(NamedTuple):
@@ -37,7 +41,8 @@ class Incident(NamedTuple):
     seconds: float
     worker: int
     what: str  # joined, left, crashed, diverged
-    lost: int = 0  # gradients that were lost by it
+    lost: int = 0  # gradients that it was at, or was bringing: somebody else takes them
+    undone: int = 0  # gradients that were taken, and whose effect nobody else had yet
 
 
 class Evaluation(NamedTuple):
@@ -49,6 +54,7 @@ class Evaluation(NamedTuple):
 
 
 _COLUMNS = {"seconds": "d", "worker": "q", "step": "q", "lag": "q", "gap": "d", "normalised_gap": "d", "loss": "d"}
+_COLUMNS |= {"compute": "d", "waited": "d", "sent": "d", "transit": "d"}
 
 
 class Trace(Sequence[Event]):

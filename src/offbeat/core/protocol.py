@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from .gossip import PairGossipMethod, PushGossipMethod, RoundGossipMethod
+from .gossip import GossipMethod, PairGossipMethod, PushGossipMethod, RoundGossipMethod
 from .method import Local, Message, Method, ServerMethod
 from .periodic import OuterMethod, PeriodicMethod
 from .seeds import derive
@@ -219,6 +219,16 @@ def _collect(method: RoundGossipMethod, cell: Cell, node: Node) -> Loop:
     own, node.due = into.pop(node.id), None
     inbox = yield Recv(tuple(into), round)
     cell.state = method.merge(cell.state, inbox, into, own)
+
+
+def give_back(node: Node, msg: Message) -> None:
+    """A message that ``node`` has sent was not delivered, its receiver being dead: nothing of it is lost that must not be."""
+    cell: Cell = node
+    method = node.method
+    while isinstance(method, OuterMethod):
+        cell, method = _Inner(cell), method.inner
+    if isinstance(method, GossipMethod):
+        cell.state = method.returned(cell.state, msg)
 
 
 def _partner(method: PushGossipMethod | PairGossipMethod, node: Node) -> int | None:

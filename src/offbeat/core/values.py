@@ -42,10 +42,11 @@ def require_kind(owner: object, field: str, kind: type, example: str) -> None:
 
 
 def unknown(what: str, name: str, known: Mapping[str, object] | list[str]) -> str:
-    """The message for a name that nobody knows, with the nearest known names first."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"unknown {what} {name!r}: {hint}known are {', '.join(sorted(known))}"
+    """The message for a name that nobody knows: the nearest known names, or all where none is near or they are few."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else ""
+    listed = f"known are {', '.join(sorted(known))}" if not near or len(known) <= 12 else ""
+    return f"unknown {what} {name!r}: {' '.join(filter(None, (hint, listed)))}"
 
 
 def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> Any:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 from ..core.values import refuse, require
+from .faults import Crashes, Fault, check
+from .network import Network
 from .speed import Gamma, Speed
 
 
@@ -37,7 +39,7 @@ class Crash(Membership):
 
 @dataclass(frozen=True)
 class Cluster:
-    """What runs the method. Communication costs nothing yet; computing costs what ``speed`` says."""
+    """What runs the method: workers, how fast they compute, what their messages cost, and what goes wrong."""
 
     workers: int = 8
     """Workers at the start, at least 1; their names are 0 to workers - 1."""
@@ -45,6 +47,10 @@ class Cluster:
     """Seconds per gradient."""
     events: tuple[Membership, ...] = ()
     """Who joins, leaves or crashes when."""
+    network: Network = Network()
+    """What messages cost; nothing unless told."""
+    faults: tuple[Fault, ...] = ()
+    """What goes wrong: stragglers, partitions, crashes and lost messages at a rate."""
 
     def __post_init__(self) -> None:
         whole = isinstance(self.workers, int) and not isinstance(self.workers, bool)
@@ -56,3 +62,9 @@ class Cluster:
                 state = "is there already" if event.worker in present else "is not there"
                 refuse(self, "events", event, f"worker {event.worker} {state} then; correct the worker or the time")
             present ^= {event.worker}
+        nodes = {*range(self.workers), *(event.worker for event in self.events)}
+        require(self, "network", isinstance(self.network, Network), "must be a Network such as Network(latency=1e-3)")
+        self.network.check(nodes)
+        check(self, self.faults, nodes)
+        if self.events and any(isinstance(fault, Crashes) for fault in self.faults):
+            refuse(self, "events", self.events, "there are crashes at a rate too: give either times or a rate")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod
 from ..core.method import Message, Method, ServerMethod
 from ..core.periodic import PeriodicMethod
-from ..core.protocol import Node, Server
+from ..core.protocol import SERVER, Node, Server
 from ..core.topology import Members
 
 
@@ -67,8 +67,8 @@ class Ensemble(ABC):
             self.enter(node)
 
     @abstractmethod
-    def enter(self, node: Node) -> bool:
-        """A node comes later: True where it can start at once, False where it waits for a round to begin."""
+    def enter(self, node: Node) -> int | None:
+        """A node comes: the node that it has its start from (itself: from nobody), or None where it waits for a round."""
 
     @abstractmethod
     def leave(self, node: Node, orderly: bool) -> dict[int, Message]:
@@ -100,9 +100,9 @@ class Centre(Ensemble):
     def x(self) -> Tensor:
         return self.server.x()
 
-    def enter(self, node: Node) -> bool:
+    def enter(self, node: Node) -> int | None:
         node.state = node.method.init(self.server.join(node.id))
-        return True
+        return SERVER
 
     def leave(self, node: Node, orderly: bool) -> dict[int, Message]:
         return self.server.leave(node.id)
@@ -157,21 +157,22 @@ class Peers(Ensemble):
         for node in nodes:
             self._seat(node, self.method.init(self.x0), 0)
 
-    def enter(self, node: Node) -> bool:
+    def enter(self, node: Node) -> int | None:
         if not self.nodes:
             self._revive([node])
-            return True
+            return node.id
         if not self.rounds:
+            donor = min(self.nodes.values(), key=lambda n: n.id)
             self._change(0, {node.id}, set())
-            self._join(node, min(self.nodes.values(), key=lambda n: n.id))
-            return True
+            self._join(node, donor)
+            return donor.id
         begun = max(n.step for n in self.nodes.values()) + 1
         start = max(self.asked + 1, begun)
         if isinstance(self.method, PeriodicMethod):
             start = self.method.boundary(start)
         self._change(start, {node.id}, set())
         self.waiting.append((start, node))
-        return False
+        return None
 
     def arrivals(self, node: Node | None) -> list[Node]:
         if node is None:

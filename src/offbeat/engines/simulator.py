@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from .. import __version__
 from ..core.gossip import GossipMethod, PairGossipMethod
 from ..core.method import Local, Message, Method
 from ..core.problem import Problem
-from ..core.protocol import SERVER, AllReduce, Ask, Gradient, Loop, Node, Recv, Request, Send, loop
+from ..core.protocol import SERVER, AllReduce, Ask, Gradient, Loop, Node, Recv, Request, Send, give_back, loop
 from ..core.topology import Members
 from ..core.values import refuse
 from ..failure import Deadlock, Diverged, Failure, WorkerLost
@@ -28,6 +28,8 @@ from ..trace import Evaluation, Event, Incident, Trace
 from .clock import Clock
 from .cluster import Cluster, Crash, Join, Leave, Membership
 from .ensemble import Centre, average, ensemble
+from .faults import Crashes, Fault
+from .network import Traffic
 
 
 @dataclass
@@ -47,12 +49,13 @@ class Run:
         """The run in a few floats: the problem's figures, and what the cluster did.
 
         ``train_loss`` is the mean minibatch loss over the last tenth of the gradients (at least one); ``mean_consensus``
-        the mean RMSE of peers to their mean, 0 with a server.
+        the mean RMSE of peers to their mean, 0 with a server. ``megabytes`` is what workers have sent. ``crashes`` says
+        how many workers died; ``lost_gradients`` what they were at or bringing then, which others took; ``undone_gradients``
+        what they had taken and delivered to nobody; ``lost_messages`` how many messages did not arrive for good.
         """
         loss, lag, gap = (self.trace.column(name).double() for name in ("loss", "lag", "gap"))
         last = max(1, len(loss) // 10)
-        lost = sum(i.lost for i in self.trace.incidents)
-        crashed = sum(i.what == "crashed" for i in self.trace.incidents)
+        happened = Counter(i.what for i in self.trace.incidents)
         consensus = self.trace.column("consensus") if "consensus" in self.trace.columns else torch.zeros(1)
         return self.figures | {
             "train_loss": float(loss[-last:].mean()),
@@ -62,8 +65,11 @@ class Run:
             "seconds": self.seconds,
             "gradients": float(len(loss)),
             "gradients_per_second": len(loss) / self.seconds,
-            "crashes": float(crashed),
-            "lost_gradients": float(lost),
+            "megabytes": float(self.trace.column("sent").sum()) / 1e6,
+            "crashes": float(happened["crashed"]),
+            "lost_gradients": float(sum(i.lost for i in self.trace.incidents)),
+            "undone_gradients": float(sum(i.undone for i in self.trace.incidents)),
+            "lost_messages": float(happened["lost message"]),
         }
 
 
@@ -97,13 +103,20 @@ class _Worker:
     node: Node
     loop: Loop
     times: Iterator[float]
+    idle: float  # since when it has had no gradient to compute
     steps: int = 0  # gradients started
     visits: int = 0  # by others, since its gradient was started
-    computing: bool = False
+    pending: bool = False  # whether it has a gradient that has not taken effect yet
+    undelivered: int = 0  # gradients taken whose effect nobody else has
     leaving: bool = False
     returning: bool = False  # to join again as soon as it has left
     waits: Request | None = None
     inbox: deque[tuple[int, int | None, Message]] = field(default_factory=deque)
+    coming: Counter[tuple[int, int | None]] = field(default_factory=Counter)  # messages under way, by sender and round
+    compute: float = 0.0  # seconds of its present gradient
+    waited: float = 0.0  # seconds it had waited before that
+    sent: float = 0.0  # bytes since its last event
+    transits: list[float] = field(default_factory=list)  # seconds on the way of what has come since
 
 
 @dataclass
@@ -113,6 +126,14 @@ class _Taken:
     step: int
     x: Tensor
     loss: float
+
+
+@dataclass
+class _Reduction:
+    """An all-reduce that not all have come to."""
+
+    asked: dict[int, Message]
+    missing: set[int]
 
 
 class Simulation:
@@ -133,21 +154,27 @@ class Simulation:
         if evaluate_every is not None and evaluate_every < 1:
             raise ValueError(f"evaluate_every = {evaluate_every!r}: must be at least 1, or None")
         method.check(cluster.workers)
-        if isinstance(method, Local) and cluster.events:
-            refuse(
-                cluster, "events", cluster.events, f"{method.name!r} sends no messages, so nobody can join or leave it"
-            )
+        gone = cluster.events or [fault for fault in cluster.faults if isinstance(fault, Crashes)]
+        if isinstance(method, Local) and gone:
+            field = "events" if cluster.events else "faults"
+            refuse(cluster, field, gone, f"{method.name!r} sends no messages, so nobody can join or leave it")
         self.method, self.problem, self.cluster, self.gradients, self.seed = method, problem, cluster, gradients, seed
         self.evaluate_every, self.watch = evaluate_every, watch
         self.x0 = problem.x0()
+        self.scale = getattr(problem, "parameters", self.x0.numel()) / self.x0.numel()
         self.clock = Clock()
+        self.slowdowns, self.crashes, self.losses, self.partitions = (
+            [getattr(fault, hook) for fault in cluster.faults if getattr(type(fault), hook) is not getattr(Fault, hook)]
+            for hook in ("slowdown", "crash", "loses", "healed")
+        )
+        self.traffic = Traffic(cluster.network, self.clock, self._healed)
         self.granted = 0
         self.evaluated = 0
         self.workers: dict[int, _Worker] = {}
         self.streams: dict[int, Iterator[float]] = {}
         self.steps: dict[int, int] = {}
         self.newcomers: dict[int, Node] = {}
-        self.reducing: dict[tuple[Members, int | None], dict[int, Message]] = {}
+        self.reducing: dict[tuple[Members, int | None], _Reduction] = {}
         self.ensemble = ensemble(method, self.x0, seed)
         self.trace = Trace(
             {
@@ -158,7 +185,7 @@ class Simulation:
                 "gradients": gradients,
                 "seed": seed,
                 "evaluate_every": evaluate_every,
-                "parameters": self.x0.numel(),
+                "parameters": round(self.scale * self.x0.numel()),
                 "provenance": dict(getattr(problem, "provenance", {})),
                 "threads": torch.get_num_threads(),
                 "versions": {"offbeat": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -172,7 +199,7 @@ class Simulation:
         for event in self.cluster.events:
             self.clock.at(event.at, 0, self._member, event)
         for node in nodes:
-            self._start(node)
+            self._start(node, node.id)
         while self.clock.step():
             pass
         if self.granted < self.gradients:
@@ -183,13 +210,30 @@ class Simulation:
 
     # who is there
 
-    def _start(self, node: Node) -> None:
-        """The node has its state: its loop begins, next at this time."""
+    def _start(self, node: Node, source: int) -> None:
+        """The node has its state: its loop begins, next after the model has come from ``source`` (itself: from nobody)."""
         if node.id not in self.streams:
             self.streams[node.id] = self.cluster.speed.stream(self.seed, node.id)
-        worker = _Worker(node, loop(self.method, node), self.streams[node.id], self.steps.get(node.id, 0))
+        times, steps = self.streams[node.id], self.steps.get(node.id, 0)
+        worker = _Worker(node, loop(self.method, node), times, self.clock.now, steps)
         self.workers[node.id] = worker
-        self.clock.at(self.clock.now, 1, self._advance, worker, None)
+        if source == node.id:
+            self._resume(worker, None)
+        else:
+            self._transfer(source, node.id, self.x0, self._resume, worker, None)
+
+    def _transfer(self, source: int, to: int, message: Message, act: Callable[..., None], *args: Any) -> None:
+        """Call ``act(*args)`` once ``message`` has come from ``source`` to ``to``."""
+        size = self.cluster.network.size(message, self.scale)
+        if worker := self.workers.get(source):
+            worker.sent += size
+        self.traffic.send(source, to, size, act, *args)
+
+    def _healed(self, a: int, b: int, now: float) -> float:
+        """When ``a`` and ``b`` can next talk."""
+        while self.partitions and (then := max(healed(a, b, now) for healed in self.partitions)) > now:
+            now = then
+        return now
 
     def _member(self, event: Membership) -> None:
         if len(self.trace) >= self.gradients:
@@ -200,8 +244,9 @@ class Simulation:
             node = Node(event.worker, self.method)
             self.newcomers[event.worker] = node
             self.trace.note(Incident(self.clock.now, event.worker, "joined"))
-            if self.ensemble.enter(node):
-                self._start(node)
+            source = self.ensemble.enter(node)
+            if source is not None:
+                self._start(node, source)
         elif event.worker not in self.workers:  # a newcomer that still waits for its round
             self.ensemble.leave(self.newcomers[event.worker], orderly=isinstance(event, Leave))
             self.trace.note(Incident(self.clock.now, event.worker, "left" if isinstance(event, Leave) else "crashed"))
@@ -211,19 +256,25 @@ class Simulation:
         elif isinstance(event, Crash):
             worker = self.workers[event.worker]
             worker.returning = False
-            lost, worker.computing = worker.computing, False
-            self._gone(worker, "crashed", int(lost))
+            lost = worker.pending
+            self._gone(worker, "crashed", int(lost), worker.undelivered)
             if lost:  # somebody else takes it
                 self.granted -= 1
                 for other in list(self.workers.values()):
-                    if isinstance(other.waits, Gradient) and not other.computing:
+                    if isinstance(other.waits, Gradient) and not other.pending:
                         self._grant(other)
 
-    def _gone(self, worker: _Worker, what: str, lost: int = 0) -> None:
+    def _die(self, worker: _Worker, downtime: float) -> None:
+        """The worker crashes by a fault, and will be back."""
+        if self.workers.get(worker.node.id) is worker:
+            self._member(Crash(worker.node.id, self.clock.now))
+            self.clock.at(self.clock.now + downtime, 0, self._member, Join(worker.node.id, self.clock.now + downtime))
+
+    def _gone(self, worker: _Worker, what: str, lost: int = 0, undone: int = 0) -> None:
         del self.workers[worker.node.id]
         self.steps[worker.node.id] = worker.steps
         worker.loop.close()
-        self.trace.note(Incident(self.clock.now, worker.node.id, what, lost))
+        self.trace.note(Incident(self.clock.now, worker.node.id, what, lost, undone))
         orderly = what == "left"
         if orderly and isinstance(self.method, GossipMethod):
             for _, _, message in worker.inbox:
@@ -232,10 +283,11 @@ class Simulation:
         for other in list(self.workers.values()):
             if isinstance(other.waits, Recv):
                 self._receive(other)
-        for members, round in list(self.reducing):
+        for (members, round), reduction in list(self.reducing.items()):
+            reduction.missing.discard(worker.node.id)
             self._reduce(members, round)
         for newcomer in self.ensemble.arrivals(None):
-            self._start(newcomer)
+            self._start(newcomer, newcomer.id)
         if worker.returning:
             self._member(Join(worker.node.id, self.clock.now))
 
@@ -246,9 +298,8 @@ class Simulation:
         if self.workers.get(worker.node.id) is not worker:
             return  # it crashed meanwhile
         assert isinstance(worker.waits, Gradient)
-        if self.evaluate_every and len(self.trace) % self.evaluate_every == 0:
-            self._evaluate()
-        worker.computing = False
+        self._evaluate_due()
+        worker.idle = self.clock.now
         x, step = worker.waits.x, worker.steps - 1
         g, loss = self.problem.grad(x, worker.node.id, step)
         self._check(g, loss, worker.node.id, step)
@@ -261,8 +312,8 @@ class Simulation:
         worker.waits = None
         while True:
             request = worker.loop.send(answer)
-            if taken:
-                self._record(worker, taken, request)
+            if taken and not (isinstance(request, Ask) and request.to == SERVER):
+                self._record(worker, taken, None)
                 taken = None
             self.ensemble.changed(worker.node)
             worker.waits = request
@@ -271,14 +322,13 @@ class Simulation:
             if isinstance(request, Recv):
                 return self._receive(worker)
             if isinstance(request, AllReduce):
-                self.reducing.setdefault((request.members, request.round), {})[worker.node.id] = request.msg
-                return self._reduce(request.members, request.round)
+                return self._contribute(worker, request)
             if isinstance(request, Ask) and request.to == SERVER:
-                return self._visit(worker, request.msg)
-            worker.waits = None
+                return self._transfer(worker.node.id, SERVER, request.msg, self._visit, worker, request.msg, taken)
             if isinstance(request, Ask):
-                answer = self._meet(request)
-            elif isinstance(request, Send):
+                return self._ask(worker, request)
+            worker.waits = None
+            if isinstance(request, Send):
                 answer = self._send(worker, request)
             else:
                 answer = [(source, message) for source, _, message in worker.inbox]
@@ -286,53 +336,104 @@ class Simulation:
 
     def _grant(self, worker: _Worker) -> None:
         for newcomer in self.ensemble.arrivals(worker.node):
-            self._start(newcomer)
+            self._start(newcomer, worker.node.id)
         assert isinstance(worker.waits, Gradient)
+        if worker.waits.free:
+            worker.undelivered = 0
         if worker.leaving and worker.waits.free:
             self._gone(worker, "left")
         elif self.granted < self.gradients:
+            now, who = self.clock.now, worker.node.id
             self.granted += 1
             worker.steps += 1
-            worker.computing = True
+            worker.pending = True
             worker.visits = 0
-            self.clock.at(self.clock.now + next(worker.times), 2, self._finish, worker)  # after all that it may see
+            worker.waited = now - worker.idle
+            worker.compute = next(worker.times)
+            for slowdown in self.slowdowns:
+                worker.compute *= slowdown(who, now)
+            deaths = (crash(self.seed, who, worker.steps - 1) for crash in self.crashes)
+            if death := next(filter(None, deaths), None):
+                part, downtime = death
+                self.clock.at(now + part * worker.compute, 0, self._die, worker, downtime)
+            else:
+                self.clock.at(now + worker.compute, 2, self._finish, worker)  # after all that it may see
 
-    def _resume(self, worker: _Worker, answer: Any) -> None:
-        """What the worker waited for is there: it goes on next, at the same time."""
+    def _resume(self, worker: _Worker, answer: Any, sent: float | None = None) -> None:
+        """What the worker waited for is there (on its way since ``sent``): it goes on next, at the same time."""
         worker.waits = None
+        if sent is not None:
+            worker.transits.append(self.clock.now - sent)
         self.clock.at(self.clock.now, 1, self._advance, worker, answer)
 
     # answers that are messages
 
-    def _visit(self, worker: _Worker, msg: Message) -> None:
+    def _visit(self, worker: _Worker, msg: Message, taken: _Taken | None) -> None:
+        """What the worker has sent is at the server."""
         if not isinstance(self.ensemble, Centre):
             raise TypeError(f"{self.method!r} asks a server, and is no ServerMethod: there is none")
+        if self.workers.get(worker.node.id) is not worker:
+            return  # it crashed meanwhile, and the server takes nothing from the dead
+        if taken:
+            self._evaluate_due()
+            self._record(worker, taken, msg)
+        worker.undelivered = 0
         self._release(self.ensemble.server.visit(worker.node.id, msg))
         self.ensemble.travel.moved(self.ensemble.mean())
 
     def _release(self, replies: dict[int, Message]) -> None:
         for node, reply in replies.items():
-            self._resume(self.workers[node], reply)
+            self._transfer(SERVER, node, reply, self._resume, self.workers[node], reply, self.clock.now)
 
-    def _meet(self, request: Ask) -> Message | None:
+    def _ask(self, worker: _Worker, request: Ask) -> None:
         if not isinstance(self.method, PairGossipMethod):
             raise TypeError(f"{self.method!r} asks node {request.to}, and only a PairGossipMethod's peers answer")
+        if request.to in self.workers:
+            self._transfer(worker.node.id, request.to, request.msg, self._meet, worker, request)
+        else:
+            self._resume(worker, None)
+
+    def _meet(self, worker: _Worker, request: Ask) -> None:
+        """A visitor is at the peer that it asks."""
+        assert isinstance(self.method, PairGossipMethod)
+        if self.workers.get(worker.node.id) is not worker:
+            return  # the visitor crashed meanwhile
         peer = self.workers.get(request.to)
         if peer is None:
-            return None
+            self._resume(worker, None)
+            return
         peer.node.state, reply = self.method.meet(peer.node.state, request.msg)
         peer.visits += 1
         self.ensemble.changed(peer.node)
-        return reply
+        self._transfer(request.to, worker.node.id, reply, self._resume, worker, reply, self.clock.now)
 
     def _send(self, worker: _Worker, request: Send) -> bool:
         to = self.workers.get(request.to)
         if to is None or (request.round is not None and request.round < to.node.since):
             return False  # dead, or not the one who would have taken it
-        to.inbox.append((worker.node.id, request.round, request.msg))
-        if isinstance(to.waits, Recv) and worker.node.id in to.waits.sources:
-            self._receive(to)
+        to.coming[worker.node.id, request.round] += 1
+        lost = any(loses(self.seed, worker.node.id, request.to, worker.steps) for loses in self.losses)
+        self._transfer(
+            worker.node.id, request.to, request.msg, self._deliver, worker, to, request, lost, self.clock.now
+        )
         return True
+
+    def _deliver(self, worker: _Worker, to: _Worker, request: Send, lost: bool, sent: float) -> None:
+        """A one-way message is where it should be, or would be now had it not been lost."""
+        source = worker.node.id
+        to.coming[source, request.round] -= 1
+        if lost:
+            self.trace.note(Incident(self.clock.now, source, "lost message"))
+        elif self.workers.get(request.to) is to:
+            to.inbox.append((source, request.round, request.msg))
+            to.transits.append(self.clock.now - sent)
+        elif self.workers.get(source) is worker:
+            give_back(worker.node, request.msg)
+            self.ensemble.changed(worker.node)
+        else:
+            self.trace.note(Incident(self.clock.now, source, "lost message"))  # with both its ends
+        if isinstance(to.waits, Recv) and source in to.waits.sources:
+            self._receive(to)
 
     def _comes(self, node: int, round: int | None) -> bool:
         """Whether the node may still say something that belongs to ``round``."""
@@ -349,34 +450,57 @@ class Simulation:
                 got[source] = message
             else:
                 rest.append(item)
-        if all(source in got or not self._comes(source, round) for source in sources):
+        if all(s in got or not (worker.coming[s, round] or self._comes(s, round)) for s in sources):
             worker.inbox = rest
             self._resume(worker, got)
 
+    def _contribute(self, worker: _Worker, request: AllReduce) -> None:
+        members, round = request.members, request.round
+        if (members, round) not in self.reducing:
+            self.reducing[members, round] = _Reduction({}, {m for m in members if self._comes(m, round)})
+        reduction = self.reducing[members, round]
+        reduction.asked[worker.node.id] = request.msg
+        reduction.missing.discard(worker.node.id)
+        self._reduce(members, round)
+
     def _reduce(self, members: Members, round: int | None) -> None:
         """Answer those who reduce over ``members`` in ``round``, once all of them who can have asked."""
-        asked = self.reducing[members, round]
+        asked, missing = self.reducing[members, round].asked, self.reducing[members, round].missing
+        if missing:
+            return
+        del self.reducing[members, round]
         here = [m for m in members if self._comes(m, round)]
-        if all(m in asked for m in here):
-            del self.reducing[members, round]
-            mean = average([asked[m] for m in here]) if here else None
-            for m in here:
-                self._resume(self.workers[m], mean)
+        if not here:
+            return
+        mean = average([asked[m] for m in here])
+        size = self.cluster.network.size(asked[here[0]], self.scale)
+        done = self.traffic.reduce(here, size)
+        for m in here:
+            self.workers[m].waits = None
+            self.workers[m].sent += 2 * (len(here) - 1) / len(here) * size
+            self.clock.at(done, 1, self._advance, self.workers[m], mean)
 
     # what is recorded
 
-    def _record(self, worker: _Worker, taken: _Taken, request: Request) -> None:
-        """The event of a gradient, just before what it brings about changes the model."""
-        push = request.msg if isinstance(request, Ask) and request.to == SERVER else None
+    def _record(self, worker: _Worker, taken: _Taken, push: Message | None) -> None:
+        """The event of a gradient, just before what it brings about (``push`` at the server) changes the model."""
         model = self.ensemble.mean()
         gap, normalised = self.ensemble.travel.gaps(model, taken.x)
         lag = self.ensemble.lag(worker.node) + worker.visits
         extra = self.ensemble.measure(worker.node, push)
-        event = Event(self.clock.now, worker.node.id, taken.step, lag, gap, normalised, taken.loss, extra)
+        transit = sum(worker.transits) / len(worker.transits) if worker.transits else 0.0
+        cost = worker.compute, worker.waited, worker.sent, transit
+        event = Event(self.clock.now, worker.node.id, taken.step, lag, gap, normalised, taken.loss, extra, *cost)
+        worker.pending, worker.sent, worker.transits = False, 0.0, []
+        worker.undelivered += 1
         self.ensemble.travel.moved(model)
         self.trace.add(event)
         if self.watch:
             self.watch(event)
+
+    def _evaluate_due(self) -> None:
+        if self.evaluate_every and len(self.trace) % self.evaluate_every == 0:
+            self._evaluate()
 
     def _evaluate(self) -> None:
         """Evaluate the model after the gradients so far, once."""
@@ -421,7 +545,6 @@ class Simulation:
             here = {source for source, round, _ in worker.inbox if round == request.round}
             return f"worker {who} waits for {', '.join(str(s) for s in request.sources if s not in here)}"
         if isinstance(request, AllReduce):
-            asked = self.reducing[request.members, request.round]
-            others = [str(m) for m in request.members if m in self.workers and m not in asked]
-            return f"worker {who} waits for {', '.join(others)} to reduce"
+            missing = self.reducing[request.members, request.round].missing
+            return f"worker {who} waits for {', '.join(map(str, sorted(missing)))} to reduce"
         return f"worker {who} waits for the server's reply"

@@ -15,6 +15,7 @@ from .language import TinyShakespeare, WikiText2, WikiText103
 from .mnist import Mnist
 from .quadratic import Quadratic
 from .supervised import Recipe, Supervised, accuracy
+from .time_only import TimeOnly
 from .translation import Multi30k, Wmt16EnDe
 
 TASKS: dict[str, type[Problem]] = {
@@ -25,6 +26,7 @@ TASKS: dict[str, type[Problem]] = {
     "mnist": Mnist,
     "multi30k": Multi30k,
     "quadratic": Quadratic,
+    "timeonly": TimeOnly,
     "tinyshakespeare": TinyShakespeare,
     "wikitext103": WikiText103,
     "wikitext2": WikiText2,
@@ -75,6 +77,7 @@ __all__ = [
     "Quadratic",
     "Recipe",
     "Supervised",
+    "TimeOnly",
     "TinyShakespeare",
     "Where",
     "WikiText2",
