@@ -118,7 +118,7 @@ def test_help_of_compare_is_the_grid_s(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_simulate_leaves_trace_summary_and_page(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["simulate", "--method", "gem", *QUICK, "--workers", "3", "--kappa", "2", "--lr", "0.02 * Warmup(20)"]
-    argv += ["--speed", "Gamma(cv=0.2, machine_cv=0.6)", "--events", "(Crash(1, 3.0),)", "--seed", "7", "--d", "5"]
+    argv += ["--speed", "Gamma(cv=0.2, machine_cv=0.6)", "--events", "Crash(1, 3.0)", "--seed", "7", "--d", "5"]
     text = told(capsys, *argv)
     folder = Path("runs/gem-quadratic-3w")
     assert f"page: {folder / 'index.html'}" in text
@@ -247,7 +247,7 @@ def test_ctrl_c_ends_all_processes_and_keeps_what_is_done() -> None:
         ("simulate --correction GapPenalty(decay=2)", "GapPenalty.decay = 2: must be in [0, 1)"),
         ("simulate --correction 3", "must be a Correction such as GapPenalty()"),
         ("simulate --speed Gamma(mean=0)", "Gamma.mean = 0: must be finite and above 0"),
-        ("simulate --events (Join(1,3.0),)", "worker 1 is there already"),
+        ("simulate --events Join(1,3.0)", "worker 1 is there already"),
         ("simulate --batch 0", "Digits.batch = 0: choose 1 to 1437"),
         ("simulate --wrkers 3", "Perhaps you meant: --workers INT"),
         ("simulate --method d-psgd --workers 1 --topology Ring", "cannot read 'Ring'"),

@@ -32,7 +32,10 @@ from .core.topology import (
     Topology,
     Torus,
 )
+from .engines import presets
 from .engines.cluster import Cluster, Crash, Join, Leave
+from .engines.faults import Crashes, Fault, Loss, Partition, Straggler
+from .engines.network import Link, Network
 from .engines.simulator import Run, simulate
 from .engines.speed import Fixed, Gamma, LogNormal, Recorded, Speed
 from .experiment import Comparison, Grid, compare, rerun
@@ -52,11 +55,13 @@ __all__ = [
     "Correction",
     "Cosine",
     "Crash",
+    "Crashes",
     "Deadlock",
     "Diverged",
     "Event",
     "Exponential",
     "Failure",
+    "Fault",
     "Fixed",
     "Gamma",
     "GossipMethod",
@@ -66,15 +71,19 @@ __all__ = [
     "Incident",
     "Join",
     "Leave",
+    "Link",
     "Local",
     "LogNormal",
+    "Loss",
     "Master",
     "Method",
     "Mixing",
     "MultiStep",
+    "Network",
     "OnePeerExponential",
     "OuterMethod",
     "PairGossipMethod",
+    "Partition",
     "PeriodicMethod",
     "Problem",
     "Product",
@@ -92,6 +101,7 @@ __all__ = [
     "ServerMethod",
     "Speed",
     "Star",
+    "Straggler",
     "Supervised",
     "Topology",
     "Torus",
@@ -101,6 +111,7 @@ __all__ = [
     "WorkerLost",
     "compare",
     "methods",
+    "presets",
     "rerun",
     "simulate",
     "tasks",

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Self, cast, get_args, get_type_hints
+from typing import Annotated, Any, Self, cast, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import torch
@@ -43,6 +43,8 @@ from .core.method import Method, ServerMethod
 from .core.periodic import PeriodicMethod
 from .core.values import require, unknown
 from .engines.cluster import Cluster
+from .engines.network import Link
+from .engines.presets import PRESETS
 from .engines.simulator import Simulation
 from .experiment import EVALUATIONS, Cell, CellFailed, Comparison, Grid, compare, show, warmed
 from .failure import Failure
@@ -59,6 +61,11 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 MethodName = Annotated[str, arg(metavar="NAME", help=f"One of {', '.join(c.name for c in all_methods())}.")]
 TaskName = Annotated[str, arg(metavar="NAME", help=f"One of {', '.join(sorted(TASKS))}.")]
+
+PresetName = Annotated[
+    str | None,
+    arg(metavar="NAME", help=f"A cluster to start from: {', '.join(PRESETS)}. Other flags change it."),
+]
 
 
 class Refused(Exception):
@@ -131,6 +138,7 @@ class Simulate(Command):
     """Settings of the task that --task names."""
     method: MethodName = "dana-zero"
     task: TaskName = "digits"
+    preset: PresetName = None
     gradients: int = 4000
     """Minibatch gradients, all workers together."""
     warmup: float = 0.0
@@ -146,7 +154,7 @@ class Simulate(Command):
     @classmethod
     def defaults(cls, argv: Sequence[str]) -> Self:
         method, task = find(_said(argv, "--method", cls.method)), _task(_said(argv, "--task", cls.task))
-        return cls(settings=method(), cluster=Cluster(), data=task())
+        return cls(settings=method(), cluster=_preset(argv) or Cluster(), data=task())
 
     def run(self, argv: Sequence[str]) -> int:
         workers = self.cluster.workers
@@ -189,6 +197,7 @@ class Compare(Command):
     data: Annotated[Any, arg(name="task")]
     """Settings of the task that --task names."""
     task: TaskName = "digits"
+    preset: PresetName = None
     jobs: Annotated[int | None, arg(help_behavior_hint="(default: one for each CPU)")] = None
     """Processes that run cells. The results do not depend on it."""
     out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: runs/compare-TASK)")] = None
@@ -199,7 +208,9 @@ class Compare(Command):
 
     @classmethod
     def defaults(cls, argv: Sequence[str]) -> Self:
-        return cls(grid=Grid(), data=_task(_said(argv, "--task", cls.task))())
+        cluster = _preset(argv)
+        like = {n: getattr(cluster, n) for n in ("speed", "network", "faults")} if cluster else {}
+        return cls(grid=Grid(**like), data=_task(_said(argv, "--task", cls.task))())
 
     def run(self, argv: Sequence[str]) -> int:
         with _told():
@@ -321,8 +332,10 @@ def _registry(command: Any, parts: Sequence[type]) -> ConstructorRegistry:
 
     @registry.primitive_rule
     def text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if get_origin(info.type) is tuple:
+            return None  # its entries are read one by one
         union = (info.type, *get_args(info.type))
-        if info.type in free or not any(isinstance(t, type) and issubclass(t, KINDS) for t in union):
+        if info.type in free or not any(isinstance(t, type) and issubclass(t, (*KINDS, Link)) for t in union):
             return None
         plain = str in union  # the grid's entries are read by the grid
         return PrimitiveConstructorSpec(
@@ -375,6 +388,14 @@ def _task(name: str) -> type[Any]:
     if name not in TASKS:
         raise ValueError(unknown("task", name, TASKS))
     return TASKS[name]
+
+
+def _preset(argv: Sequence[str]) -> Cluster | None:
+    """The cluster that ``--preset`` names."""
+    name = _said(argv, "--preset", "")
+    if name and name not in PRESETS:
+        raise ValueError(unknown("preset", name, list(PRESETS)))
+    return PRESETS[name]() if name else None
 
 
 def _described(cls: type[Any]) -> list[tuple[str, str, str]]:

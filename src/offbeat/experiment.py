@@ -33,6 +33,8 @@ from .core.problem import Problem
 from .core.schedule import Rate, Warmup
 from .core.values import refuse, require
 from .engines.cluster import Cluster
+from .engines.faults import Fault
+from .engines.network import Network
 from .engines.simulator import Run, Simulation, simulate
 from .engines.speed import Gamma, Speed
 from .failure import Failure
@@ -134,6 +136,10 @@ class Grid:
     """Part of a run over which the learning rate rises to its full value, 0 to 1."""
     speed: Speed = Gamma()
     """Seconds per gradient."""
+    network: Network = Network()
+    """What messages cost; nothing unless told."""
+    faults: tuple[Fault, ...] = ()
+    """What goes wrong on the cluster."""
 
     def __post_init__(self) -> None:
         for name in ("methods", "workers", "seeds"):
@@ -141,7 +147,7 @@ class Grid:
             require(self, name, len(values) > 0, "give at least one")
             require(self, name, len(set(values)) == len(values), "one of them is there twice: leave it out")
         for workers in self.workers:
-            Cluster(workers, self.speed)
+            self.cluster(workers)
         require(self, "seeds", all(isinstance(seed, int) for seed in self.seeds), "must be integers")
         require(self, "gradients", isinstance(self.gradients, int) and self.gradients >= 1, "must be at least 1")
         require(self, "warmup", 0 <= self.warmup <= 1, "must be in [0, 1]")
@@ -171,12 +177,16 @@ class Grid:
         """All cells, in order."""
         return [Key(*key) for key in product(self.lineup, self.workers, self.seeds)]
 
+    def cluster(self, workers: int) -> Cluster:
+        """What runs the cells with this many workers."""
+        return Cluster(workers, self.speed, network=self.network, faults=self.faults)
+
     def prepare(self, key: Key) -> Simulation:
         """The run of a cell, about to start."""
         method = warmed(self.lineup[key.label], self.warmup, self.gradients, key.workers)
         task = cast(Problem, replace(cast(Any, self.task), seed=key.seed))
         every = max(1, self.gradients // EVALUATIONS)
-        return Simulation(method, task, Cluster(key.workers, self.speed), self.gradients, key.seed, every)
+        return Simulation(method, task, self.cluster(key.workers), self.gradients, key.seed, every)
 
     def header(self) -> dict[str, Any]:
         """What a `Comparison` says about the grid it is of.
@@ -195,6 +205,8 @@ class Grid:
             "gradients": self.gradients,
             "warmup": self.warmup,
             "speed": repr(self.speed),
+            "network": repr(self.network),
+            "faults": repr(self.faults),
             "alone": alone,  # gradients per second of one worker that waits for nobody, by seed
             "parameters": about["parameters"],
             "provenance": about["provenance"],

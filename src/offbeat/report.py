@@ -157,6 +157,8 @@ def _of_comparison(comparison: Comparison, folder: str | Path) -> Path:
         "parameters": f"{header['parameters']:,}",
         "gradients": f"{header['gradients']:,} in each run, all workers together",
         "seconds per gradient": header["speed"],
+        "network": header["network"],
+        **({"faults": header["faults"]} if header["faults"] != "()" else {}),
         "warm-up": f"the first {100 * header['warmup']:g} % of a run",
         "seeds": ", ".join(map(str, header["seeds"])),
     }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..core.values import refuse, require
-from .faults import Crashes, Fault, check
+from ..trace import Trace
+from .faults import Crashes, Fault, Loss, check
 from .network import Network
-from .speed import Gamma, Speed
+from .speed import Gamma, Recorded, Speed
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class Cluster:
         whole = isinstance(self.workers, int) and not isinstance(self.workers, bool)
         require(self, "workers", whole and self.workers >= 1, "must be a whole number, at least 1")
         require(self, "speed", isinstance(self.speed, Speed), "must be a Speed such as Gamma(mean=1.0, cv=0.1)")
+        for event in self.events:
+            if not isinstance(event, Membership):
+                refuse(self, "events", event, "must be a Join, Leave or Crash such as Crash(worker=1, at=3.0)")
         present = set(range(self.workers))
         for event in sorted(self.events, key=lambda e: e.at):
             if isinstance(event, Join) == (event.worker in present):
@@ -68,3 +74,57 @@ class Cluster:
         check(self, self.faults, nodes)
         if self.events and any(isinstance(fault, Crashes) for fault in self.faults):
             refuse(self, "events", self.events, "there are crashes at a rate too: give either times or a rate")
+
+    @classmethod
+    def from_trace(cls, trace: Trace | str | Path, workers: int | None = None) -> Cluster:
+        """The cluster that a recorded run shows, for ``workers`` (None: as many as it had): its file, or the `Trace`.
+
+        Step times, stalls among them, are the recorded ones. The time of a message, and how closely messages follow each
+        other at a server, give latency and bandwidth; where no two came at once, or there was no server, all of it is put
+        down to bandwidth. Crashes and lost messages give rates. What a trace does not show is not there: links that
+        differ, half duplex, partitions.
+
+        Raises ``ValueError`` for a file that is no trace, and for a trace that has no step times.
+        """
+        trace = trace if isinstance(trace, Trace) else Trace.read(trace)
+        seconds: dict[int, list[float]] = {}
+        for event in trace:
+            seconds.setdefault(event.worker, []).append(event.compute)
+        if not seconds or min(map(min, seconds.values())) <= 0:
+            raise ValueError(
+                "the trace has no seconds per gradient (column `compute`): record the run again with this version"
+            )
+        speed = Recorded(tuple(tuple(seconds[worker]) for worker in sorted(seconds)))
+        return cls(workers or len(seconds), speed, network=_network(trace), faults=_faults(trace))
+
+
+def _network(trace: Trace) -> Network:
+    """Latency and bandwidth that explain the messages of a trace."""
+    messages = [event for event in trace if event.sent]
+    transits = [event.transit for event in trace if event.transit > 0]
+    if not messages or not transits:
+        return Network()
+    size = sorted(event.sent for event in messages)[len(messages) // 2]
+    idle = min(transits)  # of one that queued behind no other
+    gaps = [b.seconds - a.seconds for a, b in itertools.pairwise(messages) if b.seconds > a.seconds]
+    if trace.header.get("server") and gaps and min(gaps) < idle:  # two that came at once
+        return Network(idle - min(gaps), size / min(gaps))
+    return Network(0.0, size / idle)
+
+
+def _faults(trace: Trace) -> tuple[Fault, ...]:
+    """The rates of crashes and of lost messages in a trace."""
+    faults: list[Fault] = []
+    away, crashes, downtimes = dict[int, float](), 0, []
+    for incident in trace.incidents:
+        if incident.what == "crashed":
+            crashes += 1
+            away[incident.worker] = incident.seconds
+        elif incident.what == "joined" and incident.worker in away:
+            downtimes.append(incident.seconds - away.pop(incident.worker))
+    if downtimes:
+        faults.append(Crashes(crashes / (len(trace) + crashes), sum(downtimes) / len(downtimes)))
+    lost = sum(incident.what == "lost message" for incident in trace.incidents)
+    if lost:
+        faults.append(Loss(lost / sum(event.sent > 0 for event in trace)))
+    return tuple(faults)

@@ -185,6 +185,7 @@ class Simulation:
                 "gradients": gradients,
                 "seed": seed,
                 "evaluate_every": evaluate_every,
+                "server": isinstance(self.ensemble, Centre),
                 "parameters": round(self.scale * self.x0.numel()),
                 "provenance": dict(getattr(problem, "provenance", {})),
                 "threads": torch.get_num_threads(),
@@ -478,6 +479,8 @@ class Simulation:
         for m in here:
             self.workers[m].waits = None
             self.workers[m].sent += 2 * (len(here) - 1) / len(here) * size
+            if done > self.clock.now:
+                self.workers[m].transits.append(done - self.clock.now)
             self.clock.at(done, 1, self._advance, self.workers[m], mean)
 
     # what is recorded

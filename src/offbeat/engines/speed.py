@@ -96,14 +96,19 @@ class LogNormal(_Spread):
 
 @dataclass(frozen=True)
 class Recorded(Speed):
-    """Times that were measured: each worker repeats its own record from the start when it is used up."""
+    """Times that were measured: each worker repeats its own record from the start when it is used up.
+
+    Of more workers than records, worker i takes record i modulo their number, from a place on that differs for each.
+    """
 
     seconds: tuple[tuple[float, ...], ...]
-    """For each worker its seconds per gradient, in order, above 0; worker i takes record i modulo their number."""
+    """For each worker its seconds per gradient, in order, above 0."""
 
     def __post_init__(self) -> None:
         ok = len(self.seconds) > 0 and all(r and all(0 < t < math.inf for t in r) for r in self.seconds)
         require(self, "seconds", ok, "must be records of finite times above 0, none of them empty")
 
     def stream(self, seed: int, worker: int) -> Iterator[float]:
-        return cycle(self.seconds[worker % len(self.seconds)])
+        record = self.seconds[worker % len(self.seconds)]
+        first = derive(seed, worker) % len(record) if worker >= len(self.seconds) else 0
+        return cycle((*record[first:], *record[:first]))
