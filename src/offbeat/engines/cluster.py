@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from ..core.values import refuse, require
@@ -79,10 +79,10 @@ class Cluster:
     def from_trace(cls, trace: Trace | str | Path, workers: int | None = None) -> Cluster:
         """The cluster that a recorded run shows, for ``workers`` (None: as many as it had): its file, or the `Trace`.
 
-        Step times, stalls among them, are the recorded ones. The time of a message, and how closely messages follow each
-        other at a server, give latency and bandwidth; where no two came at once, or there was no server, all of it is put
-        down to bandwidth. Crashes and lost messages give rates. What a trace does not show is not there: links that
-        differ, half duplex, partitions.
+        Step times, stalls among them, are the recorded ones; a worker beyond those recorded is the copy of one. Latency
+        is that of an empty message, and bandwidth what the fastest message comes to, or at a server what the two that
+        followed each other most closely do. Crashes and lost messages give rates. What a trace does not show is not
+        there: links that differ, half duplex, partitions.
 
         Raises ``ValueError`` for a file that is no trace, and for a trace that has no step times.
         """
@@ -102,14 +102,17 @@ def _network(trace: Trace) -> Network:
     """Latency and bandwidth that explain the messages of a trace."""
     messages = [event for event in trace if event.sent]
     transits = [event.transit for event in trace if event.transit > 0]
+    latency = trace.header.get("ping", 0.0)
     if not messages or not transits:
-        return Network()
+        return Network(latency)
     size = sorted(event.sent for event in messages)[len(messages) // 2]
-    idle = min(transits)  # of one that queued behind no other
-    gaps = [b.seconds - a.seconds for a, b in itertools.pairwise(messages) if b.seconds > a.seconds]
-    if trace.header.get("server") and gaps and min(gaps) < idle:  # two that came at once
-        return Network(idle - min(gaps), size / min(gaps))
-    return Network(0.0, size / idle)
+    kind = trace.header.get("messages")
+    hops = 2 * (len({event.worker for event in trace}) - 1) if kind == "reduce" else 1
+    passing = min(transits) - hops * latency  # of one that queued behind no other
+    if kind == "server":
+        ends = [event.seconds for event in messages]
+        passing = min([passing, *(b - a for a, b in pairwise(ends) if b > a)])  # of two that came at once
+    return Network(latency, size / passing if passing > 0 else math.inf)
 
 
 def _faults(trace: Trace) -> tuple[Fault, ...]:

@@ -162,6 +162,10 @@ class Traffic:
             return ends[0] if ends else self.rule
         return Link(a, b, max(link.latency for link in ends), min(link.bandwidth for link in ends))
 
+    def ping(self) -> float:
+        """Seconds one way of an empty message, between nodes that no exception names."""
+        return self.rule.latency
+
     def reduce(self, members: Sequence[int], size: float) -> float:
         """When a ring all-reduce of ``size`` bytes over ``members``, begun now, is done.
 
@@ -173,13 +177,15 @@ class Traffic:
         if n == 1:
             return now
         ring = list(zip(members, [*members[1:], members[0]], strict=True))
-        ways: tuple[Literal["out", "in"], ...] = ("out", "in")
-        cards = dict(self._card(m, way) for m in members for way in ways)
         wires = [self._wire(a, b) for a, b in ring]
-        slowest = min(*cards.values(), *(wire.bandwidth for wire in wires)) / (
-            2 if self.network.duplex == "half" else 1
-        )
-        begin = max(*(self.healed(a, b, now) for a, b in ring), *(self.busy.get(card, 0.0) for card in cards))
-        end: float = begin + 2 * (n - 1) * (size / n / slowest + max(wire.latency for wire in wires))
-        self.busy.update(dict.fromkeys(cards, end))
+        cards = [(self._card(m, "out"), self._card(m, "in")) for m in members]
+        join = max if self.network.duplex == "full" else sum
+        slowest = max(join((1 / up, 1 / down)) for (_, up), (_, down) in cards)  # seconds per byte
+        slowest = max(slowest, *(1 / wire.bandwidth for wire in wires))
+        places = [place for card in cards for place, _ in card]
+        begin = max(now, *(self.busy.get(place, 0.0) for place in places))
+        while (then := max(self.healed(a, b, begin) for a, b in ring)) > begin:
+            begin = then
+        end: float = begin + 2 * (n - 1) * (size / n * slowest + max(wire.latency for wire in wires))
+        self.busy.update(dict.fromkeys(places, end))
         return end

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..core.gossip import GossipMethod, PairGossipMethod
-from ..core.method import Local, Message, Method
+from ..core.method import Local, Message, Method, ServerMethod
+from ..core.periodic import OuterMethod
 from ..core.problem import Problem
 from ..core.protocol import SERVER, AllReduce, Ask, Gradient, Loop, Node, Recv, Request, Send, give_back, loop
 from ..core.topology import Members
@@ -96,6 +97,13 @@ def simulate(
     return Simulation(method, problem, cluster or Cluster(), gradients, seed, evaluate_every, watch).run()
 
 
+def messages(method: Method) -> str:
+    """What kind of messages a method has: ``server``, ``gossip``, ``reduce``."""
+    while isinstance(method, OuterMethod):
+        method = method.inner
+    return "server" if isinstance(method, ServerMethod) else "gossip" if isinstance(method, GossipMethod) else "reduce"
+
+
 @dataclass
 class _Worker:
     """A worker in the simulator: its loop and what it is waiting for."""
@@ -112,11 +120,24 @@ class _Worker:
     returning: bool = False  # to join again as soon as it has left
     waits: Request | None = None
     inbox: deque[tuple[int, int | None, Message]] = field(default_factory=deque)
-    coming: Counter[tuple[int, int | None]] = field(default_factory=Counter)  # messages under way, by sender and round
+    coming: list[_Letter] = field(default_factory=list)  # one-way messages under way to it
+    missed: set[tuple[int, int | None]] = field(default_factory=set)  # lost ones, by sender and round
     compute: float = 0.0  # seconds of its present gradient
     waited: float = 0.0  # seconds it had waited before that
     sent: float = 0.0  # bytes since its last event
     transits: list[float] = field(default_factory=list)  # seconds on the way of what has come since
+
+
+@dataclass(eq=False)
+class _Letter:
+    """A one-way message under way."""
+
+    source: _Worker
+    to: _Worker
+    round: int | None
+    message: Message
+    lost: bool
+    sent: float
 
 
 @dataclass
@@ -185,7 +206,8 @@ class Simulation:
                 "gradients": gradients,
                 "seed": seed,
                 "evaluate_every": evaluate_every,
-                "server": isinstance(self.ensemble, Centre),
+                "messages": messages(method),
+                "ping": self.traffic.ping(),
                 "parameters": round(self.scale * self.x0.numel()),
                 "provenance": dict(getattr(problem, "provenance", {})),
                 "threads": torch.get_num_threads(),
@@ -277,9 +299,11 @@ class Simulation:
         worker.loop.close()
         self.trace.note(Incident(self.clock.now, worker.node.id, what, lost, undone))
         orderly = what == "left"
-        if orderly and isinstance(self.method, GossipMethod):
+        for letter in worker.coming:
+            self._return(letter, orderly)
+        if orderly:
             for _, _, message in worker.inbox:
-                worker.node.state = self.method.returned(worker.node.state, message)
+                give_back(worker.node, message)
         self._release(self.ensemble.leave(worker.node, orderly))
         for other in list(self.workers.values()):
             if isinstance(other.waits, Recv):
@@ -412,29 +436,37 @@ class Simulation:
         to = self.workers.get(request.to)
         if to is None or (request.round is not None and request.round < to.node.since):
             return False  # dead, or not the one who would have taken it
-        to.coming[worker.node.id, request.round] += 1
         lost = any(loses(self.seed, worker.node.id, request.to, worker.steps) for loses in self.losses)
-        self._transfer(
-            worker.node.id, request.to, request.msg, self._deliver, worker, to, request, lost, self.clock.now
-        )
+        letter = _Letter(worker, to, request.round, request.msg, lost, self.clock.now)
+        to.coming.append(letter)
+        self._transfer(worker.node.id, request.to, request.msg, self._deliver, letter)
         return True
 
-    def _deliver(self, worker: _Worker, to: _Worker, request: Send, lost: bool, sent: float) -> None:
+    def _deliver(self, letter: _Letter) -> None:
         """A one-way message is where it should be, or would be now had it not been lost."""
-        source = worker.node.id
-        to.coming[source, request.round] -= 1
-        if lost:
+        source, to = letter.source.node.id, letter.to
+        to.coming.remove(letter)
+        if letter.lost:
+            to.missed.add((source, letter.round))
             self.trace.note(Incident(self.clock.now, source, "lost message"))
-        elif self.workers.get(request.to) is to:
-            to.inbox.append((source, request.round, request.msg))
-            to.transits.append(self.clock.now - sent)
-        elif self.workers.get(source) is worker:
-            give_back(worker.node, request.msg)
-            self.ensemble.changed(worker.node)
-        else:
-            self.trace.note(Incident(self.clock.now, source, "lost message"))  # with both its ends
+        elif self.workers.get(to.node.id) is to:
+            to.inbox.append((source, letter.round, letter.message))
+            to.transits.append(self.clock.now - letter.sent)
         if isinstance(to.waits, Recv) and source in to.waits.sources:
             self._receive(to)
+
+    def _return(self, letter: _Letter, orderly: bool) -> None:
+        """The receiver of a message under way has gone: it goes back at once, before an average is taken without it."""
+        source, to = letter.source.node, letter.to.node
+        if letter.lost:
+            return
+        if self.workers.get(source.id) is letter.source:
+            give_back(source, letter.message)
+            self.ensemble.changed(source)
+        elif orderly:
+            give_back(to, letter.message)  # who hands it on
+        else:
+            self.trace.note(Incident(self.clock.now, source.id, "lost message"))  # with both its ends
 
     def _comes(self, node: int, round: int | None) -> bool:
         """Whether the node may still say something that belongs to ``round``."""
@@ -451,9 +483,14 @@ class Simulation:
                 got[source] = message
             else:
                 rest.append(item)
-        if all(s in got or not (worker.coming[s, round] or self._comes(s, round)) for s in sources):
-            worker.inbox = rest
-            self._resume(worker, got)
+        coming = {(letter.source.node.id, letter.round) for letter in worker.coming}
+        for s in sources:
+            comes = (s, round) in coming or ((s, round) not in worker.missed and self._comes(s, round))
+            if s not in got and comes:
+                return
+        worker.inbox = rest
+        worker.missed -= {(s, round) for s in sources}
+        self._resume(worker, {s: got[s] for s in sources if s in got})
 
     def _contribute(self, worker: _Worker, request: AllReduce) -> None:
         members, round = request.members, request.round
