@@ -10,7 +10,7 @@ import struct
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from offbeat.cli import main
 from offbeat.core.problem import Problem
+from offbeat.experiment import Comparison
 from offbeat.tasks import (
     TASKS,
     Cifar10,
@@ -27,10 +29,13 @@ from offbeat.tasks import (
     DataCorrupt,
     DataDiffers,
     DataMissing,
+    Digits,
     ImageNet,
     Multi30k,
+    Quadratic,
     Recipe,
     Supervised,
+    TimeOnly,
     TinyShakespeare,
     WikiText2,
     WikiText103,
@@ -202,6 +207,24 @@ def test_a_gradient_is_a_pure_function(small, task):
     assert not torch.equal(replace(task, seed=1).x0(), x)
     down = x - 1e-3 * g / g.norm()
     assert a.grad(down, 0, 0)[1] < loss, "the gradient points uphill"
+
+
+@differs
+@pytest.mark.parametrize("task", [*SMALL, Digits(), Quadratic(), TimeOnly()], ids=lambda t: type(t).__name__)
+def test_every_task_can_be_compared_on_eight_workers(small, task, tmp_path):
+    argv = ["compare", "--task", type(task).__name__.lower(), "--methods", "asgd", "local-sgd", "--workers", "8"]
+    argv += ["--seeds", "0", "--gradients", "16", "--evaluations", "2", "--jobs", "1", "--out", str(tmp_path)]
+    for f in fields(task):
+        value = getattr(task, f.name)
+        if value != f.default:
+            flag = f.name.replace("_", "-")
+            argv += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    assert main(argv) == 0
+    comparison = Comparison.read(tmp_path)
+    assert comparison.header["task"] == repr(task)
+    assert [len(cell.trace) for cell in comparison.cells] == [16, 16]
+    assert not any(cell.failure for cell in comparison.cells)
+    assert (tmp_path / "index.html").is_file()
 
 
 @differs

@@ -41,12 +41,12 @@ from . import __version__
 from .core.gossip import GossipMethod
 from .core.method import Method, ServerMethod
 from .core.periodic import PeriodicMethod
-from .core.values import require, unknown
+from .core.values import require, require_count, unknown
 from .engines.cluster import Cluster
 from .engines.network import Link
 from .engines.presets import PRESETS
 from .engines.simulator import Simulation
-from .experiment import EVALUATIONS, Cell, CellFailed, Comparison, Grid, compare, show, warmed
+from .experiment import Cell, CellFailed, Comparison, Grid, compare, show, warmed
 from .failure import Failure
 from .methods import all_methods, find
 from .names import KINDS, read
@@ -141,6 +141,8 @@ class Simulate(Command):
     preset: PresetName = None
     gradients: int = 4000
     """Minibatch gradients, all workers together."""
+    evaluations: int = 20
+    """How often the model that would be shipped is evaluated, evenly over the gradients; at least 1."""
     warmup: float = 0.0
     """Part of the run over which the learning rate rises to its full value, 0 to 1."""
     seed: int = 0
@@ -149,6 +151,7 @@ class Simulate(Command):
     """Where trace, summary and page go."""
 
     def __post_init__(self) -> None:
+        require_count(self, "evaluations")
         require(self, "warmup", 0 <= self.warmup <= 1, "must be in [0, 1]")
 
     @classmethod
@@ -164,7 +167,7 @@ class Simulate(Command):
         with _told():
             method = warmed(self.settings, self.warmup, self.gradients, workers)
             task = replace(self.data, seed=self.seed)
-            every = max(1, self.gradients // EVALUATIONS)
+            every = max(1, self.gradients // self.evaluations)
             simulation = Simulation(method, task, self.cluster, self.gradients, self.seed, every)
         folder = _folder(self.out or Path("runs") / f"{name}-{self.task}-{workers}w")
         figures: dict[str, float] = {}

@@ -31,7 +31,7 @@ from .core.descent import Rule
 from .core.method import Method
 from .core.problem import Problem
 from .core.schedule import Rate, Warmup
-from .core.values import refuse, require
+from .core.values import refuse, require, require_count
 from .engines.cluster import Cluster
 from .engines.faults import Fault
 from .engines.network import Network
@@ -44,8 +44,6 @@ from .tasks import Digits
 from .trace import Trace
 
 FORMAT = "offbeat comparison 1"
-EVALUATIONS = 20
-"""How often the shipped model is evaluated during a run, evenly over its gradients."""
 
 
 class Key(NamedTuple):
@@ -134,6 +132,8 @@ class Grid:
     """Weight decay of every method; None: each method's own."""
     warmup: float = 0.05
     """Part of a run over which the learning rate rises to its full value, 0 to 1."""
+    evaluations: int = 20
+    """How often a run evaluates the model that would be shipped, evenly over its gradients; at least 1."""
     speed: Speed = Gamma()
     """Seconds per gradient."""
     network: Network = Network()
@@ -150,6 +150,7 @@ class Grid:
             self.cluster(workers)
         require(self, "seeds", all(isinstance(seed, int) for seed in self.seeds), "must be integers")
         require(self, "gradients", isinstance(self.gradients, int) and self.gradients >= 1, "must be at least 1")
+        require_count(self, "evaluations")
         require(self, "warmup", 0 <= self.warmup <= 1, "must be in [0, 1]")
         seeded = "seed" in getattr(self.task, "__dataclass_fields__", ())
         require(self, "task", seeded, "must be a dataclass with a field `seed`")
@@ -185,7 +186,7 @@ class Grid:
         """The run of a cell, about to start."""
         method = warmed(self.lineup[key.label], self.warmup, self.gradients, key.workers)
         task = cast(Problem, replace(cast(Any, self.task), seed=key.seed))
-        every = max(1, self.gradients // EVALUATIONS)
+        every = max(1, self.gradients // self.evaluations)
         return Simulation(method, task, self.cluster(key.workers), self.gradients, key.seed, every)
 
     def header(self) -> dict[str, Any]:
