@@ -85,7 +85,7 @@ def main() -> None:
     for n in args.workers:
         pairs = lineup(args.beta, args.gradients // n)
         entries = tuple(entry for base in pairs for entry in zip(labels(base), pairs[base], strict=True))
-        grids[n] = Grid(entries, Mnist(), (n,), tuple(args.seeds), args.gradients, lr=None, momentum=None)
+        grids[n] = Grid(entries, Mnist(), (n,), tuple(args.seeds), args.gradients, lr=None, momentum=None, warmup=0.0)
     comparisons = {}
     with Progress() as bar:
         task = bar.add_task("runs", total=sum(len(grid.keys) for grid in grids.values()))

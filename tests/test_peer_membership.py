@@ -264,13 +264,14 @@ class Still:
                 return (g if worker < cluster.workers else 0 * g), loss
 
         self.moments: list[dict[int, Any]] = []
+        self.lives: list[list[Any]] = []  # who is there at each of them; who comes back is another
         jump, late = Jump(), method.period if getattr(method, "overlaps", False) else 0  # type: ignore[attr-defined]
         sim = Simulation(method, jump, cluster, 200, seed=1)  # type: ignore[arg-type]
         step = sim.clock.step
 
         def stepped() -> bool:
             now = sim.clock.now
-            there = {}
+            there, lives = {}, list(sim.workers.values())
             for i, worker in sim.workers.items():
                 step_of = worker.node.step - late
                 letters = [msg for _, round, msg in worker.inbox if round is None or round >= step_of]
@@ -279,6 +280,7 @@ class Still:
             going = step()
             if sim.clock.now > now and jumped:  # nothing more happened at that instant
                 self.moments.append(there)
+                self.lives.append(lives)
             return going
 
         sim.clock.step = stepped  # type: ignore[method-assign]
@@ -312,6 +314,8 @@ GOING = (
     Leave(7, 13.1115),
     Leave(8, 13.1115),
 )
+PLACES = torch.stack([Scatter.place(i) for i in range(4)])
+LEAST, MOST = PLACES.amin(0), PLACES.amax(0)  # between which every mean of them lies
 CONSERVING: dict[str, tuple[ob.Method, Any]] = {
     "SGP": (SGP(JUMP), push_sum),
     "SGP at random": (SGP(JUMP, topology=RandomPeer()), push_sum),
@@ -335,22 +339,45 @@ COMINGS = {  # speeds, and who comes and goes
 @pytest.mark.parametrize("coming", COMINGS)
 @pytest.mark.parametrize("name", CONSERVING)
 def test_mass_stays_among_the_living(name: str, coming: str) -> None:
-    """A join splits, a leave hands over, a message to the dead comes back: only a crash takes mass away, its own."""
+    """A leave hands over and a message to the dead comes back: only a crash takes mass away, its own. A join splits in
+    GoSGD; in SGP it may add mass, at a living peer's z, so that the newcomer has weight 1."""
     method, part = CONSERVING[name]
     still = Still(method, part, ob.Cluster(4, *COMINGS[coming]))
     crashed = {(i.seconds, i.worker) for i in still.run.trace.incidents if i.what == "crashed"}
     assert len(crashed) == 2
     gone, begun = set(), False
-    for before, after in still.changes():
+    for (before, after), (old, now) in zip(still.changes(), itertools.pairwise(still.lives), strict=True):
         lost = torch.zeros(8, dtype=torch.float64)
         for i in before.keys() - after.keys():
             if i in {worker for _, worker in crashed} - gone:
                 lost = lost + before[i]
                 gone.add(i)
-        assert close(sum(after.values()), sum(before.values()) - lost)
+        new = sum(after.values()) - sum(before.values()) + lost
+        come = sum(all(worker is not other for other in old) for worker in now)
+        if part is push_sum and come:
+            assert -1e-12 <= float(new[-1]) <= come + 1e-12
+            assert ((new[-1] * LEAST - 1e-9 <= new[:-1]) & (new[:-1] <= new[-1] * MOST + 1e-9)).all()
+        else:
+            assert close(new, torch.zeros_like(new))
         begun = begun or bool(lost.norm() > 0.1)
     assert begun
     assert {frozenset(there) for there in still.moments} >= {frozenset({0, 1, 2, 3})}
+
+
+@pytest.mark.parametrize("weight", [0.125, 1.0, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("cls", [SGP, OSGP])
+def test_a_newcomer_of_push_sum_has_weight_one_out_of_the_surplus(cls: type[SGP], weight: float) -> None:
+    """Both go on from the sponsor's z; what it has above 1 is given away first, and the rest is new mass."""
+    method = cls(JUMP)
+    w = method.init(torch.tensor([3.0, -1.0], dtype=torch.float64))
+    w = method.local(w, torch.tensor([0.5, 2.0], dtype=torch.float64))._replace(weight=torch.tensor(weight).double())
+    mine, theirs = method.welcome(w)
+    z = method.params(w)
+    assert close(method.params(mine), z)
+    assert close(method.params(theirs), z)
+    assert float(theirs.weight) == 1.0
+    assert close(mine.weight + theirs.weight, torch.tensor(max(weight, min(weight, 1.0) + 1)).double())
+    assert theirs.rule.step == w.rule.step
 
 
 def test_a_crash_in_ad_psgd_takes_its_own_model_and_nothing_else() -> None:

@@ -27,7 +27,8 @@ def count(x: Tensor) -> Tensor:
 class Rule(ABC):
     """``init(x)`` makes the state of a run that starts at ``x``; ``step`` moves state and parameters by one gradient.
 
-    A state is a NamedTuple with a field ``step``, 0-dim scalars, and vectors [d] that are its buffers.
+    A state is a NamedTuple with the fields ``step`` and ``rates`` (how many steps were taken, and the sum of their
+    learning rates), other 0-dim scalars, and vectors [d] that are its buffers.
     """
 
     lr: Rate
@@ -40,10 +41,6 @@ class Rule(ABC):
     @abstractmethod
     def step(self, state: Any, x: Tensor, g: Tensor) -> tuple[Any, Tensor]:
         """State and parameters ``[d]`` after the gradient ``g`` ``[d]`` taken at ``x``."""
-
-    def rate(self, state: Any) -> float | Tensor:
-        """The rate of the next step."""
-        return rate(self.lr, state.step)
 
     def buffers(self, state: Any) -> tuple[Tensor, ...]:
         """The state's vectors, [d] each: what averaging buffers averages."""
@@ -61,6 +58,7 @@ class Rule(ABC):
 
 class SGDState(NamedTuple):
     step: Tensor  # steps taken, 0-dim
+    rates: Tensor  # sum of their rates, 0-dim
     v: Tensor  # momentum buffer, rate outside [d]
 
 
@@ -88,7 +86,7 @@ class SGD(Rule):
         require_nonnegative(self, "weight_decay")
 
     def init(self, x: Tensor) -> SGDState:
-        return SGDState(count(x), torch.zeros_like(x))
+        return SGDState(count(x), count(x), torch.zeros_like(x))
 
     def step(self, state: SGDState, x: Tensor, g: Tensor) -> tuple[SGDState, Tensor]:
         lr = rate(self.lr, state.step)
@@ -96,11 +94,12 @@ class SGD(Rule):
             g = g + self.weight_decay * x
         v = self.momentum * state.v + g
         x = x - lr * (g + self.momentum * v if self.nesterov else v)
-        return SGDState(state.step + 1, v), x
+        return SGDState(state.step + 1, state.rates + lr, v), x
 
 
 class AdamState(NamedTuple):
     step: Tensor  # steps taken, 0-dim
+    rates: Tensor  # sum of their rates, 0-dim
     age: Tensor  # gradients in the moments, 0-dim: step, unless the buffers were emptied meanwhile
     m: Tensor  # first moment [d]
     v: Tensor  # second moment [d]
@@ -127,12 +126,12 @@ class Adam(Rule):
         require_nonnegative(self, "weight_decay")
 
     def init(self, x: Tensor) -> AdamState:
-        return AdamState(count(x), count(x), torch.zeros_like(x), torch.zeros_like(x))
+        return AdamState(count(x), count(x), count(x), torch.zeros_like(x), torch.zeros_like(x))
 
     def step(self, state: AdamState, x: Tensor, g: Tensor) -> tuple[AdamState, Tensor]:
         lr = rate(self.lr, state.step)
         state = self.moments(state, g + self.weight_decay * x if self.weight_decay else g)
-        return state, x - lr * self.direction(state)
+        return state._replace(rates=state.rates + lr), x - lr * self.direction(state)
 
     def restart(self, state: AdamState) -> AdamState:
         return super().restart(state)._replace(age=torch.zeros_like(state.age))  # type: ignore[no-any-return]
@@ -140,7 +139,8 @@ class Adam(Rule):
     def moments(self, state: AdamState, g: Tensor) -> AdamState:
         """The state after ``g`` has entered both moments."""
         b1, b2 = self.betas
-        return AdamState(state.step + 1, state.age + 1, b1 * state.m + (1 - b1) * g, b2 * state.v + (1 - b2) * g * g)
+        m, v = b1 * state.m + (1 - b1) * g, b2 * state.v + (1 - b2) * g * g
+        return state._replace(step=state.step + 1, age=state.age + 1, m=m, v=v)
 
     def direction(self, state: AdamState) -> Tensor:
         """What the last step moved along, before the rate; 0 before the first step. [d]"""
@@ -159,4 +159,4 @@ class AdamW(Adam):
     def step(self, state: AdamState, x: Tensor, g: Tensor) -> tuple[AdamState, Tensor]:
         lr = rate(self.lr, state.step)
         state = self.moments(state, g)
-        return state, x * (1 - lr * self.weight_decay) - lr * self.direction(state)
+        return state._replace(rates=state.rates + lr), x * (1 - lr * self.weight_decay) - lr * self.direction(state)

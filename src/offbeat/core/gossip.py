@@ -3,6 +3,7 @@
 A peer descends by its own `Rule` and mixes its model with others' over a `Topology`. Momentum and other buffers stay at
 the peer. Elastic membership: a peer that dies leaves the topology from the next round on; one that joins starts from a
 living peer's model (`welcome`), with fresh buffers; one that leaves may hand over what must not be lost (`inherit`).
+When all have gone, those who come start from the last one's model by `welcome` too, and what else it had may be lost.
 """
 
 from __future__ import annotations

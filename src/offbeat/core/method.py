@@ -66,8 +66,8 @@ class Averageable(Method):
     """A worker whose model can be averaged with others' exactly and put back: what a slow outer step needs of it."""
 
     @abstractmethod
-    def rate(self, w: Any) -> float | Tensor:
-        """The rate of this worker's next step."""
+    def pace(self, w: Any) -> tuple[Tensor, Tensor]:
+        """How many steps the worker has taken, and the sum of their learning rates; 0-dim."""
 
     @abstractmethod
     def buffers(self, w: Any) -> tuple[Tensor, ...]:
@@ -91,7 +91,11 @@ class Averageable(Method):
 
     @abstractmethod
     def load(self, w: Any, x: Tensor) -> Any:
-        """The state, put at ``x`` [d]."""
+        """The state, put at ``x`` [d], where all others are put too."""
+
+    def shift(self, w: Any, x: Tensor) -> Any:
+        """The state, put at ``x`` [d] on its own: what it holds of a sum over all peers keeps its size."""
+        return self.load(w, x)
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,8 @@ class RuleMethod(Averageable):
         rule, x = self.rule.step(w.rule, self.params(w), g)
         return w._replace(x=x, rule=rule)
 
-    def rate(self, w: Any) -> float | Tensor:
-        return self.rule.rate(w.rule)
+    def pace(self, w: Any) -> tuple[Tensor, Tensor]:
+        return w.rule.step, w.rule.rates
 
     def buffers(self, w: Any) -> tuple[Tensor, ...]:
         return self.rule.buffers(w.rule)

@@ -143,7 +143,7 @@ class OuterMethod(PeriodicMethod):
     def absorb(self, w: Nested, mean: Message | None) -> Nested:
         share, *buffers = (self.inner.share(w.inner),) if mean is None else mean
         slow, x = self.outer(w.slow, w.inner, self.inner.average(share))
-        inner = self.inner.load(w.inner, x)
+        inner = self.inner.shift(w.inner, x) if mean is None else self.inner.load(w.inner, x)
         if buffers:
             inner = self.inner.with_buffers(inner, tuple(buffers))
         elif self.buffering == "reset":
@@ -155,8 +155,8 @@ class OuterMethod(PeriodicMethod):
 
     # what a method around this one needs
 
-    def rate(self, w: Nested) -> float | Tensor:
-        return self.inner.rate(w.inner)
+    def pace(self, w: Nested) -> tuple[Tensor, Tensor]:
+        return self.inner.pace(w.inner)
 
     def buffers(self, w: Nested) -> tuple[Tensor, ...]:
         return self.inner.buffers(w.inner)
@@ -175,3 +175,6 @@ class OuterMethod(PeriodicMethod):
 
     def load(self, w: Nested, x: Tensor) -> Nested:
         return Nested(self.inner.load(w.inner, x), self.reseat(w.slow, x))
+
+    def shift(self, w: Nested, x: Tensor) -> Nested:
+        return Nested(self.inner.shift(w.inner, x), self.reseat(w.slow, x))

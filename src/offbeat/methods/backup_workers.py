@@ -18,6 +18,7 @@ class Synchronous(NamedTuple):
     rule: Any  # the rule's own state; its step is the number of the round
     sum: Tensor  # gradients of this round [d]
     came: Tensor  # how many, 0-dim
+    given: Tensor  # how many of them by workers who are still there, 0-dim
     workers: Tensor  # workers present, 0-dim
 
 
@@ -33,8 +34,12 @@ class BackupWorkers(GradientServer):
     Chen, Pan, Monga, Bengio, Jozefowicz. Revisiting Distributed Synchronous SGD. ICLR 2016 workshop. arXiv:1604.00981.
     Differences from the paper: any rule takes the step. A late gradient is refused by the number of its round, and its
     worker gets the new parameters at once. Schedules count rounds.
-    Weight decay is the rule's, at the server's point, which is evaluated. A worker that goes leaves in the sum what it has
-    given; the round then needs one gradient less, at least one.
+    Weight decay is the rule's, at the server's point, which is evaluated.
+    A round ends when all workers but ``backups`` that are present, at least one, have given to it; its step is along the
+    mean of all gradients that were given. One that crashes while it waits leaves its gradient in that mean, which then
+    has one more: nobody is waited for in its place and nobody present is passed over for it. One that goes before it has
+    given is waited for no more. One that comes takes part in the round that is under way, at that round's parameters. A
+    round that everybody has gone from ends with those who come next.
     """
 
     gated = True
@@ -55,27 +60,33 @@ class BackupWorkers(GradientServer):
         return max(1, gradients // workers)
 
     def init_server(self, x: Tensor) -> Synchronous:
-        return Synchronous(x, self.rule.init(x), torch.zeros_like(x), count(x), count(x))
+        return Synchronous(x, self.rule.init(x), torch.zeros_like(x), count(x), count(x), count(x))
 
     def admit(self, s: Synchronous) -> tuple[Synchronous, Place, Tensor]:
         return s._replace(workers=s.workers + 1), Place(s.rule.step, s.rule.step - 1), s.x
 
     def leave(self, s: Synchronous, own: Place) -> Synchronous:
-        return self.close(s._replace(workers=s.workers - 1))
+        given = torch.where(own.until == s.rule.step, s.given - 1, s.given)  # it waits, as it has given to this round
+        return self.close(s._replace(given=given, workers=s.workers - 1))
 
     def serve(self, s: Synchronous, own: Place, msg: Tensor) -> tuple[Synchronous, Place, Tensor]:
         timely = own.sent == s.rule.step
         until = torch.where(timely, s.rule.step, s.rule.step - 1)
-        s = self.close(s._replace(sum=torch.where(timely, s.sum + msg, s.sum), came=s.came + timely))
+        total = torch.where(timely, s.sum + msg, s.sum)
+        s = self.close(s._replace(sum=total, came=s.came + timely, given=s.given + timely))
         return s, Place(s.rule.step, until), s.x
 
     def close(self, s: Synchronous) -> Synchronous:
-        """The state with the round's step taken, if all the gradients that it waits for have come."""
-        full = s.came >= (s.workers - self.backups).clamp(min=1.0)
+        """The state with the round's step taken, if all the gradients that it waits for have come.
+
+        Whoever waits has given, so it is full at the latest when all who are present wait: nobody waits for ever. And a
+        worker that gave and goes takes one off both sides, so that its going ends no round."""
+        full = s.given >= (s.workers - self.backups).clamp(min=1.0)
         rule, x = self.rule.step(s.rule, s.x, s.sum / s.came.clamp(min=1.0))
         x, total = torch.where(full, x, s.x), torch.where(full, 0.0, s.sum)
         kept = rule._make(torch.where(full, new, old) for new, old in zip(rule, s.rule, strict=True))
-        return Synchronous(x, kept, total, torch.where(full, 0.0, s.came), s.workers)
+        came, given = torch.where(full, 0.0, s.came), torch.where(full, 0.0, s.given)
+        return Synchronous(x, kept, total, came, given, s.workers)
 
     def ready(self, s: Synchronous, own: Place, clock: int, slowest: int) -> bool:
         return bool(own.until < s.rule.step)

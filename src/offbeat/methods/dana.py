@@ -60,7 +60,10 @@ class DanaDC(DanaZero):
 
     Hakimi, Barkai, Gabel, Schuster. Taming Momentum in a Distributed Asynchronous Environment. arXiv:1907.11612.
     Differences from the paper: as for DANA-Zero. The distance is from theta to the look-ahead that was sent, as in the
-    reference program, so even one worker is compensated and is not NAG. lambda is constant, 2 as in that program.
+    reference program, so even one worker is compensated and is not NAG. lambda is constant, 2 as in that program. The
+    term grows with the square of the gradient: on the `Digits` task at rate 0.05, 2 converges with 8 workers on each of 5
+    seeds, with and without warm-up, and with 16 where the warm-up has 200 gradients but not always where it has 100;
+    where it does not, a smaller one or ``AdaptiveDelayCompensation()``, which divides by the gradient's size, is safer.
     Weight decay acts at the master's point, outside the squared gradient; evaluation uses theta.
     """
 

@@ -24,6 +24,11 @@ class Weighed(NamedTuple):
     rule: Any  # the rule's own state
 
 
+def half(weight: Tensor) -> Tensor:
+    """Half of a weight, far from where it would be rounded to 0."""
+    return (0.5 * weight).clamp(min=2.0**-500)
+
+
 @dataclass(frozen=True)
 class GoSGD(PushGossipMethod, name="go-sgd"):
     """Gossip SGD with sum-weights: asynchronous push-sum, exchanging with probability p after each step.
@@ -32,7 +37,9 @@ class GoSGD(PushGossipMethod, name="go-sgd"):
     Differences from the paper: weights start at 1 and not at 1/n, which changes no average; any rule takes the local step.
     Weight decay is the rule's, the plain mean over peers is evaluated. The weighted sum of models and the sum of weights are
     conserved by exchanges, mass under way counted; a message to a dead peer comes back, one that leaves in good order
-    hands its weight on, and one that joins gets half of another's weight.
+    hands its weight on, and one that joins gets half of another's weight. Who comes when all have gone goes on from the
+    last one's model with half, a quarter, ... of its weight: only ratios of weights count, the local steps know none.
+    No halving goes below 2**-500, so that however many have crashed all weights stay above 0.
     """
 
     _: KW_ONLY
@@ -50,7 +57,7 @@ class GoSGD(PushGossipMethod, name="go-sgd"):
         return Weighed(start, count(start) + 1, self.rule.init(start))
 
     def send(self, w: Weighed) -> tuple[Weighed, Parcel]:
-        w = w._replace(weight=0.5 * w.weight)
+        w = w._replace(weight=half(w.weight))
         return w, (w.x, w.weight)
 
     def receive(self, w: Weighed, msg: Parcel) -> Weighed:
@@ -62,8 +69,8 @@ class GoSGD(PushGossipMethod, name="go-sgd"):
         return self.receive(w, msg)
 
     def welcome(self, w: Weighed) -> tuple[Weighed, Weighed]:
-        half = w._replace(weight=0.5 * w.weight)
-        return half, half._replace(rule=self.rule.restart(w.rule))
+        w = w._replace(weight=half(w.weight))
+        return w, w._replace(rule=self.rule.restart(w.rule))
 
     def inherit(self, w: Weighed, gone: Weighed) -> Weighed:
         return self.receive(w, (gone.x, gone.weight))

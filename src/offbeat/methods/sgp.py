@@ -33,8 +33,11 @@ class SGP(RoundGossipMethod):
     Differences from the paper: any rule takes the local step, at z_i, and its move is taken off x_i; its buffers are not
     communicated. The weight is always sent, also on regular graphs where it stays 1.
     Weight decay is the rule's, the mean of the z_i is evaluated. The sums of x and w are conserved by mixing, mass under way
-    counted. A message to a dead peer comes back to its sender; a peer that dies takes its mass along, one that leaves in
-    good order hands it to another, and one that joins gets half of another's, so that the sums of the living stay.
+    counted. A message to a dead peer comes back to its sender; a peer that dies takes its mass along, and one that leaves in
+    good order hands it to another. One that joins has weight 1 at another's z_i, out of what that one has above 1, and
+    new where it has less: a step moves z_i by 1 / w_i of itself, so were the weights only divided, each crash and return
+    would leave the living with less weight and larger steps. So who comes when all have gone goes on from the last one's
+    z_i with weight 1, whatever was lost.
     """
 
     _: KW_ONLY
@@ -66,8 +69,9 @@ class SGP(RoundGossipMethod):
         return w._replace(x=w.x + x, weight=w.weight + weight)
 
     def welcome(self, w: Mass) -> tuple[Mass, Mass]:
-        half = w._replace(x=0.5 * w.x, weight=0.5 * w.weight)
-        return half, half._replace(rule=self.rule.restart(w.rule))
+        keep = 1 - (w.weight - 1).clamp(0.0, 1.0) / w.weight
+        new = self.restart(self.load(w, self.params(w)))
+        return w._replace(x=keep * w.x, weight=keep * w.weight), new
 
     def inherit(self, w: Mass, gone: Mass) -> Mass:
         return self.returned(w, (gone.x, gone.weight))
@@ -81,6 +85,9 @@ class SGP(RoundGossipMethod):
 
     def load(self, w: Mass, x: Tensor) -> Mass:
         return w._replace(x=x, weight=w.weight * 0 + 1)
+
+    def shift(self, w: Mass, x: Tensor) -> Mass:
+        return w._replace(x=w.weight * x)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """SlowMo: after every block of local or gossip steps and an exact average, a step of slow momentum.
 
-x_tau <- mean_i x_i                                   after tau steps from x_0 at the block's rate gamma
+x_tau <- mean_i x_i                                   after tau steps from x_0 at the rate gamma
 u     <- beta u + (x_0 - x_tau) / gamma
 x_0   <- x_0 - alpha gamma u;   all go on from x_0
+
+The last line is x_0 - alpha (gamma beta u + x_0 - x_tau) with the old u, and that is how it is computed: what the block
+has moved is never divided by gamma and multiplied with it again, and a block at gamma = 0 needs no exception there.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from ..core.values import require
 class Slow(NamedTuple):
     x: Tensor  # where the block began (x_0) [d]
     u: Tensor  # slow momentum, in units of a gradient [d]
-    lr: Tensor  # the inner rate when the block began (gamma), 0-dim
+    steps: Tensor  # inner steps taken by then, 0-dim
+    rates: Tensor  # sum of their rates, 0-dim
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,11 @@ class SlowMo(OuterMethod, name="slowmo"):
     Wang, Tantia, Ballas, Rabbat. SlowMo: Improving Communication-Efficient Distributed SGD with Slow Momentum. ICLR
     2020. arXiv:1910.00643 (alg. 1). With alpha = 1, beta = 0 it is the base plus averaging, with one worker, beta = 0 and
     alpha < 1 it is Lookahead (arXiv:1907.08610), with alpha = 1 and base SGD it is `BMUF` while the rate is constant.
-    Differences from the paper: gamma is the inner rate at the block's first step, in both places, also where a schedule
-    changes it inside the block. A block whose rate is 0 adds nothing to u. Buffers are emptied at each average, as the
-    paper does for SGD bases; it maintains them for Adam.
+    Differences from the paper: gamma is the mean of the inner rates of the block's steps, which is the paper's gamma
+    where the rate is constant. A schedule may so change it inside a block, and a warm-up that starts near 0 is safe: with
+    the first step's rate u would be the block's move over next to nothing, and the next block, at a proper rate, would
+    throw everybody far off. A block whose rates are all 0 moves nobody and adds nothing to u. Buffers are emptied at each
+    average, as the paper does for SGD bases; it maintains them for Adam.
     Weight decay is the base's, the mean over peers is evaluated. u and x_0 are the same at all peers; one that joins gets
     them, and empty buffers; one that dies takes its steps since the last average along.
     """
@@ -52,16 +58,14 @@ class SlowMo(OuterMethod, name="slowmo"):
         require(self, "beta", 0 <= self.beta < 1, "must be in [0, 1)")
 
     def begin(self, x: Tensor, inner: Any) -> Slow:
-        return Slow(x, torch.zeros_like(x), self.gamma(x, inner))
-
-    def gamma(self, x: Tensor, inner: Any) -> Tensor:
-        """The inner rate of the block that begins now, 0-dim float64."""
-        return torch.zeros((), dtype=torch.float64, device=x.device) + self.inner.rate(inner)
+        return Slow(x, torch.zeros_like(x), *self.inner.pace(inner))
 
     def outer(self, slow: Slow, inner: Any, x: Tensor) -> tuple[Slow, Tensor]:
-        u = self.beta * slow.u + torch.where(slow.lr > 0, 1 / slow.lr, 0.0) * (slow.x - x)
-        x = slow.x - self.alpha * slow.lr * u
-        return Slow(x, u, self.gamma(x, inner)), x
+        steps, rates = self.inner.pace(inner)
+        gamma, moved = (rates - slow.rates) / (steps - slow.steps).clamp(min=1.0), slow.x - x
+        x = slow.x - self.alpha * (gamma * self.beta * slow.u + moved)
+        u = self.beta * slow.u + torch.where(gamma > 0, 1 / gamma, 0.0) * moved
+        return Slow(x, u, steps, rates), x
 
     def reseat(self, slow: Slow, x: Tensor) -> Slow:
         return slow._replace(x=x)
@@ -74,9 +78,17 @@ class SlowMoNoAverage(SlowMo, name="slowmo-no-average"):
     Wang, Tantia, Ballas, Rabbat. SlowMo. ICLR 2020. arXiv:1910.00643 (SGP-SlowMo-noaverage: line 6 of alg. 1 is left
     out). Meant for a gossip base; over `Local` the peers never talk.
     Differences from the paper: as for SlowMo; u and x_0 now differ from peer to peer, and mass under way to a peer of an
-    overlapping base is taken in before the slow step.
-    Weight decay is the base's, the mean over peers is evaluated.
+    overlapping base is taken in before the slow step. Over push-sum (SGP, OSGP) x_tau is z_i, the mass is put where the
+    slow step ends, and the weight w_i stays as it is: on a graph that is not doubly stochastic too, alpha = 1 and beta = 0
+    is the base itself, but for its buffers. (After an exact average all weights are 1 again; without one that would make
+    mass out of nothing.)
+    Weight decay is the base's, the mean over peers is evaluated. One that joins starts as the base's newcomers do, with
+    another's u and x_0; one that leaves takes its mass along.
     """
 
     def contribute(self, w: Nested) -> Message | None:
         return None
+
+    def welcome(self, w: Nested) -> tuple[Nested, Nested]:
+        mine, theirs = self.inner.welcome(w.inner)
+        return w._replace(inner=mine), w._replace(inner=self.inner.restart(theirs))
