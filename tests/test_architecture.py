@@ -25,6 +25,7 @@ ARROWS: dict[str, tuple[set[str], set[str] | None]] = {
     "trace": (set(), {"torch"}),
     "failure": ({"trace"}, {"torch"}),
     "engines": ({"core", "engines", "trace", "failure", "__version__"}, {"torch"}),
+    "runtime": ({"core", "engines", "names", "runtime", "tasks", "trace", "failure", "__version__"}, {"torch"}),
     "experiment": (EVERYBODY, ANYTHING),
     "report": (EVERYBODY, ANYTHING),
     "names": (EVERYBODY, ANYTHING),

@@ -40,6 +40,8 @@ from .engines.simulator import Run, simulate
 from .engines.speed import Fixed, Gamma, LogNormal, Recorded, Speed
 from .experiment import Comparison, Grid, compare, rerun
 from .failure import Deadlock, Diverged, Failure, WorkerLost
+from .runtime.link import LinkLost
+from .runtime.replica import Replica
 from .tasks import Supervised
 from .trace import Event, Incident, Trace
 
@@ -72,6 +74,7 @@ __all__ = [
     "Join",
     "Leave",
     "Link",
+    "LinkLost",
     "Local",
     "LogNormal",
     "Loss",
@@ -92,6 +95,7 @@ __all__ = [
     "RandomPeer",
     "RandomPull",
     "Recorded",
+    "Replica",
     "Ring",
     "RoundGossipMethod",
     "Rule",

@@ -57,6 +57,17 @@ _COLUMNS = {"seconds": "d", "worker": "q", "step": "q", "lag": "q", "gap": "d", 
 _COLUMNS |= {"compute": "d", "waited": "d", "sent": "d", "transit": "d"}
 
 
+def line(what: Event | Incident | Evaluation | dict[str, Any]) -> str:
+    """One line of a trace file: an event, a note, or the header."""
+    if isinstance(what, dict):
+        return json.dumps({"format": FORMAT, **what})
+    fields = what._asdict()
+    if isinstance(what, Event):
+        extra = fields.pop("extra")
+        return json.dumps(fields | extra)
+    return json.dumps({"incident" if isinstance(what, Incident) else "evaluation": fields})
+
+
 class Trace(Sequence[Event]):
     """A sequence of events; ``trace.column("loss")`` is one quantity of all of them as a tensor."""
 
@@ -124,19 +135,14 @@ class Trace(Sequence[Event]):
     __hash__ = None  # type: ignore[assignment]
 
     def _lines(self) -> Iterator[str]:
-        yield json.dumps({"format": FORMAT, **self.header})
-        notes = [
-            (place, {"incident" if isinstance(note, Incident) else "evaluation": note._asdict()})
-            for place, note in reversed(self._notes)
-        ]
+        yield line(self.header)
+        notes = list(reversed(self._notes))
         for count, event in enumerate(self):
             while notes and notes[-1][0] <= count:
-                yield json.dumps(notes.pop()[1])
-            fields = event._asdict()
-            extra = fields.pop("extra")
-            yield json.dumps(fields | extra)
+                yield line(notes.pop()[1])
+            yield line(event)
         for _, note in reversed(notes):
-            yield json.dumps(note)
+            yield line(note)
 
     def write(self, path: str | Path) -> None:
         """Write the trace as JSON lines; floats keep every bit."""

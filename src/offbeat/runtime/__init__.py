@@ -1,0 +1,1 @@
+"""The real thing: methods on processes and sockets, in the user's own training loop."""

@@ -1,0 +1,318 @@
+"""Links: connections between two processes that carry frames, and know when the other end is gone.
+
+A link is a TCP connection on which both ends have proven that they know the run's token. Headers, notes and signs of life
+go over it; payloads too, or beside it: through memory that both map (`SharedLink`), or through a process group of two
+(`gloo.GlooLink`). So whoever waits for the next message waits on a socket, where waiting costs nothing and may last, and
+a payload is only asked for once its header has been checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import select
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .message import NOTE, SIZE, Corrupt, Header, Kind, checksum
+
+GREETING = b"offbeat runtime 1\n"
+
+
+class LinkLost(ConnectionError):
+    """The other end is gone, or silent for too long; the message says who, and what was waited for."""
+
+
+def view(data: Tensor) -> memoryview:
+    """The memory of ``uint8 Tensor[n]``, to read and write while the tensor lives."""
+    return memoryview((ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())).cast("B")
+
+
+class Frame:
+    """What came: a header, its note, and the payload as bytes (empty where there is none)."""
+
+    def __init__(self, header: Header, note: Any, payload: Tensor) -> None:
+        self.header, self.note, self.payload = header, note, payload
+
+
+class Link:
+    """One end of a connection; payloads go over the socket itself.
+
+    ``name`` is what the other end is called in messages. One thread receives; sending is safe from several threads.
+    """
+
+    transport = "tcp"
+
+    def __init__(self, sock: socket.socket, name: str, timeout: float) -> None:
+        self.sock, self.name, self.timeout = sock, name, timeout
+        self.sending = threading.Lock()
+        self.heard = time.monotonic()
+        self.sent_bytes = 0
+
+    # what another way for payloads overrides
+
+    def offer(self) -> dict[str, Any]:
+        """At the accepting end: what the other one must know to join the way for payloads."""
+        return {}
+
+    def put(self, data: Tensor) -> None:
+        """Send ``uint8 Tensor[n]`` to the other end, which takes it."""
+        self._write(view(data))
+
+    def take(self, length: int) -> Tensor:
+        """The ``length`` bytes that the other end puts, ``uint8 Tensor[length]``, the caller's own."""
+        data = torch.empty(length, dtype=torch.uint8)
+        self._read_into(view(data))
+        return data
+
+    def close(self) -> None:
+        """Hang up; the other end sees it at once."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+    # frames
+
+    def send(self, header: Header, payload: Tensor | None = None, note: Any = None) -> None:
+        """Send a frame; ``payload`` is ``uint8 Tensor[n]``. Raises `LinkLost`."""
+        text = b"" if note is None else json.dumps(note).encode()
+        if len(text) > NOTE:
+            raise ValueError(f"a note of {len(text)} bytes: at most {NOTE} are taken")
+        header = header._replace(note=len(text))
+        if payload is not None:
+            header = header._replace(length=payload.numel(), checksum=checksum(payload))
+        with self.sending:
+            self._write(header.pack() + text)
+            if payload is not None:
+                self.put(payload)
+        self.sent_bytes += header.length
+
+    def recv(self, due: dict[Kind, int], what: str) -> Frame:
+        """The next frame that is no sign of life. ``due`` says which kinds may come, and how many bytes each has.
+
+        Raises `Corrupt` for a frame that is not due or whose payload does not meet its checksum, `LinkLost` where the
+        other end hangs up or is silent for `timeout`; ``what`` is what is waited for, for the message.
+        """
+        while True:
+            header = Header.unpack(self._read(SIZE, what))
+            note = self._note(header)
+            if header.kind == Kind.BEAT:
+                continue
+            if header.kind not in due:
+                raise Corrupt(f"{self.name} sent {header.kind.name} where {', '.join(k.name for k in due)} is due")
+            if header.length != due[header.kind]:
+                raise Corrupt(
+                    f"{self.name} announced {header.length} bytes of {header.kind.name} where {due[header.kind]} are due"
+                )
+            payload = self.take(header.length) if header.length else torch.empty(0, dtype=torch.uint8)
+            if header.length and checksum(payload) != header.checksum:
+                raise Corrupt(f"{self.name} sent {header.length} bytes that do not meet their checksum")
+            return Frame(header, note, payload)
+
+    def waiting(self, seconds: float) -> bool:
+        """Whether something comes within ``seconds``, the end of the connection included."""
+        return bool(select.select([self.sock], [], [], seconds)[0])
+
+    def beat(self, header: Header) -> None:
+        """Say that this end is alive."""
+        self.send(header._replace(kind=Kind.BEAT, length=0))
+
+    def drain(self) -> None:
+        """Take the signs of life that have come; `Corrupt` where it is something else, `LinkLost` where it is the end."""
+        while self.waiting(0):
+            header = Header.unpack(self._read(SIZE, "a sign of life"))
+            if header.kind != Kind.BEAT:
+                raise Corrupt(f"{self.name} sent {header.kind.name} while it is its turn to listen")
+
+    def _note(self, header: Header) -> Any:
+        if not header.note:
+            return None
+        try:
+            return json.loads(self._read(header.note, "a note"))
+        except ValueError as error:
+            raise Corrupt(f"{self.name} sent a note that is no JSON ({error})") from None
+
+    # bytes
+
+    def _write(self, data: bytes | memoryview) -> None:
+        try:
+            self.sock.sendall(data)
+        except TimeoutError:
+            raise LinkLost(f"{self.name} has taken nothing for {self.timeout:g} s") from None
+        except OSError as error:
+            raise LinkLost(f"{self.name} has hung up ({error.strerror or error})") from None
+
+    def _read(self, length: int, what: str) -> bytes:
+        data = bytearray(length)
+        self._read_into(memoryview(data), what)
+        return bytes(data)
+
+    def _read_into(self, data: memoryview, what: str = "the rest of a message") -> None:
+        while len(data):
+            try:
+                count = self.sock.recv_into(data)
+            except TimeoutError:
+                raise LinkLost(f"{self.name} was silent for {self.timeout:g} s while {what} was waited for") from None
+            except OSError as error:
+                raise LinkLost(f"{self.name} is gone ({error.strerror or error}) while {what} was waited for") from None
+            if not count:
+                raise LinkLost(f"{self.name} has hung up while {what} was waited for")
+            data = data[count:]
+            self.heard = time.monotonic()
+
+
+class SharedLink(Link):
+    """Payloads go through memory that both processes of one machine map; the socket only says that they are there.
+
+    The accepting end makes the file and removes it as soon as both have it open, so that a kill leaves nothing behind.
+    """
+
+    transport = "shared"
+
+    def __init__(self, sock: socket.socket, name: str, timeout: float, sizes: tuple[int, int], path: str = "") -> None:
+        """``sizes`` are the bytes that this end puts and takes at most; ``path`` the file, where the other end made it."""
+        super().__init__(sock, name, timeout)
+        self.path = path
+        mine, theirs = sizes
+        total = mine + theirs
+        if not path:
+            fd, self.path = tempfile.mkstemp(prefix="offbeat-", dir=_shared_folder())
+            try:
+                os.posix_fallocate(fd, 0, max(1, total))  # now, for later a full memory is a bus error
+            except OSError as error:
+                os.unlink(self.path)
+                raise OSError(
+                    f"{Path(self.path).parent} has no room for {total:,} bytes of shared memory ({error.strerror}); "
+                    "take the transport gloo or tcp"
+                ) from None
+            finally:
+                os.close(fd)
+        memory = torch.from_file(self.path, shared=True, size=max(1, total), dtype=torch.uint8)
+        if path:
+            self.put_at, self.take_at = memory[theirs:total], memory[:theirs]
+            os.unlink(path)
+        else:
+            self.put_at, self.take_at = memory[:mine], memory[mine:total]
+
+    def offer(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def put(self, data: Tensor) -> None:
+        self.put_at[: data.numel()].copy_(data)
+        self._write(b"\0")
+
+    def take(self, length: int) -> Tensor:
+        self._read(1, "a payload")
+        return self.take_at[:length].clone()
+
+    def close(self) -> None:
+        super().close()
+        Path(self.path).unlink(missing_ok=True)
+
+
+def _shared_folder() -> str | None:
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
+def machine() -> str:
+    """What processes that can share memory have in common."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    name = boot.read_text().strip() if boot.exists() else socket.gethostname()
+    return f"{name} {os.stat(_shared_folder() or tempfile.gettempdir()).st_dev}"
+
+
+# making connections
+
+
+def listen(host: str, port: int = 0) -> socket.socket:
+    """A socket that listens at ``host`` and ``port`` (0: any)."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        sock = socket.create_server(address[:2], family=family, backlog=256, reuse_port=False)
+    except OSError as error:
+        raise OSError(
+            f"cannot listen at {host}:{port} ({error.strerror or error}): choose another host or port"
+        ) from None
+    return sock
+
+
+def prepare(sock: socket.socket, timeout: float) -> None:
+    """No delay for small frames, and a dead machine or cut wire is noticed by the kernel within ``timeout`` seconds."""
+    sock.settimeout(timeout)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", timeout / 2), ("TCP_KEEPINTVL", timeout / 8), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), max(1, int(value)))
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
+
+
+def dial(address: str, token: str, name: str, timeout: float) -> Link:
+    """A link to the process that listens at ``address`` (host:port) and knows ``token``. Raises `LinkLost`.
+
+    `PermissionError` where the other end does not know the token, or does not believe that this one does.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        sock = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout)
+    except OSError as error:
+        raise LinkLost(f"nobody answers at {address} ({error.strerror or error})") from None
+    prepare(sock, timeout)
+    link = Link(sock, f"{name} at {address}", timeout)
+    try:
+        mine = secrets.token_bytes(32)
+        link._write(GREETING + mine)
+        theirs = link._read(len(GREETING) + 32, "its greeting")
+        if theirs[: len(GREETING)] != GREETING:
+            raise LinkLost(f"what answers at {address} is no offbeat {name}")
+        theirs = theirs[len(GREETING) :]
+        link._write(_proof(token, b"dials", mine, theirs))
+        if not hmac.compare_digest(link._read(32, "its proof"), _proof(token, b"accepts", mine, theirs)):
+            raise PermissionError(f"{name} at {address} does not know this run's token: check OFFBEAT_TOKEN")
+    except LinkLost as lost:
+        link.close()
+        if "its proof" in str(lost):
+            raise PermissionError(f"{name} at {address} refuses the token: check OFFBEAT_TOKEN at both ends") from None
+        raise
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
+def accept(sock: socket.socket, token: str, name: str, timeout: float) -> Link:
+    """A link over ``sock``, which has just been accepted, once its other end has proven that it knows ``token``.
+
+    Raises `PermissionError` where it does not, `LinkLost` where it says nothing within ``timeout`` or 10 seconds.
+    """
+    prepare(sock, min(timeout, 10.0))
+    link = Link(sock, name, min(timeout, 10.0))
+    theirs = link._read(len(GREETING) + 32, "a greeting")
+    if theirs[: len(GREETING)] != GREETING:
+        raise LinkLost(f"{name} does not speak as offbeat does")
+    theirs, mine = theirs[len(GREETING) :], secrets.token_bytes(32)
+    link._write(GREETING + mine)
+    if not hmac.compare_digest(link._read(32, "a proof"), _proof(token, b"dials", theirs, mine)):
+        raise PermissionError(f"{name} does not know the token")
+    link._write(_proof(token, b"accepts", theirs, mine))
+    prepare(sock, timeout)
+    link.timeout = timeout
+    return link
+
+
+def _proof(token: str, side: bytes, dialled: bytes, accepted: bytes) -> bytes:
+    """That its maker knows the token, for this connection and this side of it only."""
+    return hmac.new(token.encode(), side + dialled + accepted, hashlib.sha256).digest()

@@ -1,0 +1,175 @@
+"""What goes over a link: messages of methods as bytes, and the header that is checked before one is believed."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ..core.method import Message
+
+PROTOCOL = 1
+"""Both ends must speak the same."""
+
+
+class Corrupt(ValueError):
+    """A header or a payload that is not what it claims to be, or not what is due here; the message says which part."""
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    BEAT = 0  # the sender is alive
+    HELLO = 1  # who wants to join, as a note
+    WELCOME = 2  # the terms of the run, as a note
+    MODEL = 3  # the parameters at which the run starts
+    PUSH = 4  # a worker's message
+    REPLY = 5  # the server's answer to it; the first one comes unasked
+    MASTER = 6  # asks for the model that would be shipped; and the answer
+    LEAVE = 7  # the worker goes in good order
+    REFUSED = 8  # what was sent was not taken; the note says why
+    OVER = 9  # the run is over, or ends now: leave
+
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""What parameters may be; a header names one by its place."""
+
+_HEAD = struct.Struct("<4sBBHiIQQQIQI")
+SIZE = _HEAD.size + 4
+"""Bytes of a header."""
+MAGIC = b"obt1"
+NOTE = 1 << 20
+"""Bytes that a note may have at most."""
+
+
+class Header(NamedTuple):
+    """The head of a frame: who sends, in which life, and what follows."""
+
+    kind: Kind
+    dtype: int = 0  # of the parameters, a place in DTYPES
+    worker: int = -1
+    incarnation: int = 0  # which life of that worker, numbered by the server
+    step: int = 0  # gradients of that worker before those in this message
+    version: int = 0  # visits that the server had served when it sent what this message was made from
+    length: int = 0  # bytes of payload
+    gradients: int = 0  # how many are in this message
+    checksum: int = 0  # of the payload
+    note: int = 0  # bytes of text that follow the header
+
+    def pack(self) -> bytes:
+        """The header as bytes, `SIZE` of them: the last four are their checksum."""
+        kind, dtype, worker, incarnation, step, version, length, gradients, checksum, note = self
+        head = _HEAD.pack(
+            MAGIC, kind, dtype, PROTOCOL, worker, incarnation, step, version, length, gradients, checksum, note
+        )
+        return head + zlib.crc32(head).to_bytes(4, "little")
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """The header in ``data``; `Corrupt` where it is none."""
+        head, crc = data[:-4], int.from_bytes(data[-4:], "little")
+        if len(data) != SIZE:
+            raise Corrupt(f"a header of {len(data)} bytes, not {SIZE}")
+        magic, kind, dtype, protocol, *rest = _HEAD.unpack(head)
+        if magic != MAGIC or zlib.crc32(head) != crc:
+            raise Corrupt("bytes that are no header")
+        if protocol != PROTOCOL:
+            raise Corrupt(f"protocol {protocol}, and this end speaks {PROTOCOL}: install the same offbeat at both")
+        if kind not in Kind.__members__.values() or dtype >= len(DTYPES) or rest[-1] > NOTE:
+            raise Corrupt(f"a header with kind {kind}, dtype {dtype} and a note of {rest[-1]} bytes")
+        return cls(Kind(kind), dtype, *rest)
+
+
+def leaves(message: Message) -> list[Tensor]:
+    """The tensors of a message or of a state, in order."""
+    if isinstance(message, Tensor):
+        return [message]
+    return [leaf for part in message for leaf in leaves(part)]
+
+
+def rebuild(like: Any, tensors: list[Tensor]) -> Any:
+    """What has the structure of ``like`` and these tensors."""
+    rest = iter(tensors)
+
+    def build(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return next(rest)
+        parts = [build(p) for p in part]
+        return part._make(parts) if hasattr(part, "_make") else tuple(parts)
+
+    return build(like)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The structure, shapes and dtypes that all messages of one direction have."""
+
+    like: Message  # of meta tensors
+
+    @classmethod
+    def of(cls, message: Message) -> Form:
+        """The form of ``message``."""
+        return cls(rebuild(message, [torch.empty_like(t, device="meta") for t in leaves(message)]))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a message, each tensor beginning at a multiple of 8."""
+        return sum(_whole(t) for t in leaves(self.like))
+
+    def pack(self, message: Message, out: Tensor | None = None) -> Tensor:
+        """The message as bytes, ``uint8 Tensor[bytes]``, in ``out`` where given; one tensor alone is not copied."""
+        parts = leaves(message)
+        self.check(parts)
+        if out is None and len(parts) == 1 and _whole(parts[0]) == parts[0].nbytes and parts[0].is_cpu:
+            return parts[0].detach().contiguous().reshape(-1).view(torch.uint8)
+        out = torch.zeros(self.bytes, dtype=torch.uint8) if out is None else out
+        place = 0
+        for t in parts:
+            out[place : place + t.nbytes].view(t.dtype).view(t.shape).copy_(t.detach())
+            place += _whole(t)
+        return out
+
+    def unpack(self, data: Tensor) -> Message:
+        """The message in ``data``, as views of it."""
+        parts, place = [], 0
+        for t in leaves(self.like):
+            parts.append(data[place : place + t.nbytes].view(t.dtype).view(t.shape))
+            place += _whole(t)
+        return rebuild(self.like, parts)
+
+    def check(self, parts: list[Tensor]) -> None:
+        """`Corrupt` unless the tensors have the shapes and dtypes of the form."""
+        wanted = leaves(self.like)
+        for got, due in zip(parts, wanted, strict=False):
+            if got.shape != due.shape or got.dtype != due.dtype:
+                raise Corrupt(f"a tensor {tuple(got.shape)} {got.dtype} where {tuple(due.shape)} {due.dtype} is due")
+        if len(parts) != len(wanted):
+            raise Corrupt(f"{len(parts)} tensors where {len(wanted)} are due")
+
+
+def _whole(t: Tensor) -> int:
+    return -(-t.nbytes // 8) * 8
+
+
+def checksum(data: Tensor) -> int:
+    """The sum of the 64-bit words of ``uint8 Tensor[multiple of 8]``, modulo 2**64: at the memory's speed.
+
+    Against accidents on the way, such as cut, mixed or flipped bytes; a forger could meet it.
+    """
+    return int(data.view(torch.int64).sum()) & ((1 << 64) - 1)
+
+
+def finite(message: Message) -> bool:
+    """Whether all numbers of a message or state are finite."""
+    for t in leaves(message):
+        if t.is_floating_point() and t.numel():
+            total = float(torch.dot(t, t)) if t.dim() == 1 else float(t.double().square().sum())
+            if not math.isfinite(total) and not bool(torch.isfinite(t).all()):  # the first is faster, and may overflow
+                return False
+    return True

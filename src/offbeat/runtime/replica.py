@@ -1,0 +1,219 @@
+"""One worker of a real run in the user's own training loop: `Replica` takes the place of the optimizer."""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
+
+from ..core.method import Method, ServerMethod
+from ..core.seeds import derive
+from ..tasks.flat import Flat
+from .worker import Alone, Exchange, Place, Remote, Worker
+
+T = TypeVar("T")
+
+
+class Replica:
+    """A model that trains together with others, each at its own pace.
+
+        replica = ob.Replica(model, ob.methods.DanaZero(lr=0.05))
+        for x, y in replica.shard(loader):
+            loss_fn(model(x), y).backward()
+            replica.step()
+
+    Joins the run that ``offbeat launch`` (or ``OFFBEAT_SERVER``) describes; started by itself, the script is a run of one
+    worker. From then on ``model`` holds the parameters at which the run wants this worker's next gradient.
+
+    ``model`` is any module with trainable parameters of one dtype and device; move and cast it before. Its buffers
+    (running statistics) stay this worker's own. ``method`` is a server method; None: the launcher names it. A broken link
+    is dialled again for up to ``OFFBEAT_PATIENCE`` seconds. SIGTERM makes the worker finish its step, leave in good order
+    and exit.
+
+    Clip, accumulate and scale gradients as with an optimizer: gradients are those of ``model.parameters()`` until `step`,
+    and ``scaler.step(replica)`` works. A step that the scaler would skip is taken with a gradient of 0: nobody waits for
+    an exchange that does not come, and replicas do not drift apart.
+
+    Raises ``ValueError`` where the model cannot be flattened, or the run refuses it (another model, another method);
+    `LinkLost` where nobody answers; ``PermissionError`` for a wrong token.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler always calls `step`, with `grad_scale` and `found_inf` set
+
+    def __init__(self, model: nn.Module, method: Method | None = None, *, place: Place | None = None) -> None:
+        """``place`` is where the run is; None: what the environment says."""
+        from ..names import read  # which knows everybody, so not at import
+
+        if method is not None and not isinstance(method, ServerMethod):
+            raise TypeError(
+                f"method = {method!r}: a Replica exchanges with a server; take a server method such as DanaZero(lr=0.05)"
+            )
+        place = place or Place.read()
+        if place.method and method is not None and repr(read(place.method)) != repr(method):
+            raise ValueError(
+                f"the script says {method!r} and the launcher says {place.method}: name the method in one place"
+            )
+        self.model, self.flat = model, Flat(model)
+        exchange: Exchange
+        if place.servers:
+            layout = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
+            said = repr(method) if method is not None else place.method
+            exchange = Remote(place, self.flat.data.clone(), {"method": said, "layout": layout}, read)
+        elif method is None and not place.method:
+            raise ValueError("method = None: give one, or start the script with `offbeat launch --method NAME`")
+        else:
+            exchange = Alone(method or read(place.method), self.flat.data.clone())
+        self.worker = Worker(exchange, _say)
+        self.flat.data.copy_(self.worker.x)
+        self.flat.grad.zero_()
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        self._shown = False  # whether the model holds the shipped parameters, and not this worker's
+        self._passes = 0
+        self._leaving = False
+        self._gone = False
+        atexit.register(self._exit)
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._told)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameters as an optimizer names them, so that ``scaler.unscale_(replica)`` works."""
+        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+
+    @property
+    def id(self) -> int:
+        """The number of this worker in the run."""
+        return self.worker.terms.worker
+
+    def step(self, loss: Tensor | float | None = None) -> None:
+        """Hand in the gradients that the parameters have, and go on from the next parameters, with gradients 0.
+
+        ``loss`` is only for the run's table and trace. Raises `Diverged` where the server refuses what is not finite.
+        """
+        if self._gone:
+            raise RuntimeError("this replica has left its run: make a new one to go on")
+        g = self.flat.gather().clone()
+        if self.found_inf is not None and float(self.found_inf) > 0:
+            g.zero_()
+        elif self.grad_scale is not None:
+            g.div_(self.grad_scale.to(g))
+        self.worker.step(g, float("nan") if loss is None else float(torch.as_tensor(loss).detach()))
+        self.flat.grad.zero_()
+        self.flat.data.copy_(self.worker.x)
+        self._shown = False
+        if self._leaving and self.worker.free:
+            _say(f"worker {self.id} leaves, as SIGTERM asks")
+            self.leave(done=False)
+            raise SystemExit(0)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, as an optimizer does; `step` has done so already."""
+        self.flat.grad.zero_()
+
+    def shard(self, loader: Iterable[T]) -> Iterator[T]:
+        """One pass over ``loader``'s data, shared with all workers: each minibatch goes to the one who is free.
+
+        Of a `DataLoader` with a map-style data set, a pass is cut into the loader's own minibatches, in an order that
+        follows from the run's seed. The server hands them out, so fast workers get more, those of a worker that died go
+        to another, and a worker that was restarted goes on where the run is: passes that are over yield nothing. Other
+        iterables are dealt out by turns: worker i of n takes items i, i + n, ...
+
+        After the pass the model holds the parameters that would be shipped now, to evaluate; the next pass puts this
+        worker's own back.
+        """
+        number, self._passes = self._passes, self._passes + 1
+        self._own()
+        batches: Iterable[T]
+        if (
+            isinstance(loader, DataLoader)
+            and not isinstance(loader.dataset, IterableDataset)
+            and loader.batch_sampler is not None
+        ):
+            batches = _dealt(loader, self.worker, number)
+        else:
+            n, i = self.worker.terms.workers, self.id % self.worker.terms.workers
+            batches = (item for k, item in enumerate(loader) if k % n == i)
+        for batch in batches:
+            self.worker.use()
+            yield batch
+        self.flat.data.copy_(self.worker.master())
+        self._shown = True
+
+    def leave(self, done: bool = True) -> None:
+        """Leave the run in good order; the model keeps what it holds. Done at exit, too."""
+        if not self._gone:
+            self._gone = True
+            self.worker.leave(done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.leave(done=kind is None)
+
+    def _own(self) -> None:
+        if self._shown:
+            self.flat.data.copy_(self.worker.x)
+            self._shown = False
+
+    def _told(self, number: int, frame: FrameType | None) -> None:
+        self._leaving = True
+
+    def _exit(self) -> None:
+        self.leave(done=not hasattr(sys, "last_value"))
+
+
+class _Deal(Sampler[list[int]]):
+    """The minibatches of a pass that this worker draws, as indices of the data set."""
+
+    def __init__(self, loader: DataLoader[Any], worker: Worker, number: int) -> None:
+        self.loader, self.worker, self.number = loader, worker, number
+        self.orders: dict[int, list[list[int]]] = {}
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = len(self.loader)
+        while (ticket := self.worker.ticket(before=(self.number + 1) * size)) is not None:
+            yield self._order(ticket // size)[ticket % size]
+
+    def _order(self, number: int) -> list[list[int]]:
+        """All minibatches of pass ``number``, the same at all workers."""
+        if number not in self.orders:
+            seed = derive(self.worker.terms.seed, number)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                if self.loader.generator is not None:
+                    self.loader.generator.manual_seed(seed)
+                self.orders[number] = [list(batch) for batch in self.loader.batch_sampler or ()]
+        return self.orders[number]
+
+
+def _dealt(loader: DataLoader[T], worker: Worker, number: int) -> DataLoader[T]:
+    """``loader`` with the minibatches of pass ``number`` that this worker draws."""
+    if isinstance(loader.sampler, DistributedSampler):
+        raise ValueError("the loader has a DistributedSampler: give one without, `shard` does its work")
+    if not len(loader):
+        raise ValueError(f"the loader has no minibatch ({len(loader.dataset)} examples): choose a smaller batch")  # type: ignore[arg-type]
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=_Deal(loader, worker, number),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def _say(text: str) -> None:
+    print(f"offbeat: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,401 @@
+"""One worker of a real run: it drives its method's loop, exchanges with the server, and dials again when a link breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.method import Message, ServerMethod
+from ..core.protocol import Ask, Gradient, Loop, Node, Server, loop
+from ..failure import Diverged
+from ..trace import Trace
+from .link import Frame, Link, LinkLost, SharedLink, dial, machine
+from .message import DTYPES, Corrupt, Form, Header, Kind, leaves, rebuild
+from .server import forms
+
+Parse = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker's run is, as a launcher says it in the environment."""
+
+    servers: tuple[str, ...] = ()
+    """Addresses (host:port) of the server, or of its shards in order; empty: the worker is alone, and its own server."""
+    token: str = ""
+    """The secret that all of a run know."""
+    worker: int | None = None
+    """The worker's number; None: the server gives one."""
+    method: str = ""
+    """The method's ``repr``, where the launcher names it."""
+    patience: float = 60.0
+    """Seconds for which a worker dials a server that does not answer."""
+    timeout: float = 30.0
+    """Seconds of silence after which a link is taken for dead, before the server has said its own."""
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> Place:
+        """What ``OFFBEAT_SERVER``, ``OFFBEAT_TOKEN``, ``OFFBEAT_WORKER``, ``OFFBEAT_METHOD`` and ``OFFBEAT_PATIENCE`` say."""
+        said = {name: environment.get(f"OFFBEAT_{name.upper()}", "") for name in ("worker", "patience")}
+        for name, kind in (("worker", int), ("patience", float)):
+            try:
+                kind(said[name] or "0")
+            except ValueError:
+                raise ValueError(f"OFFBEAT_{name.upper()} = {said[name]!r}: must be a number") from None
+        return cls(
+            tuple(filter(None, environment.get("OFFBEAT_SERVER", "").split(","))),
+            environment.get("OFFBEAT_TOKEN", ""),
+            int(said["worker"]) if said["worker"] else None,
+            environment.get("OFFBEAT_METHOD", ""),
+            float(said["patience"] or cls.patience),
+        )
+
+
+class Terms(NamedTuple):
+    """What a worker is told when it joins."""
+
+    worker: int
+    method: ServerMethod
+    seed: int
+    workers: int
+    step: int  # gradients of this worker's earlier lives
+    reply: Message
+    tickets: list[int]
+
+
+class Exchange(Protocol):
+    """The server as a worker sees it."""
+
+    def join(self) -> Terms:
+        """Join, or join again."""
+        ...
+
+    def ask(self, msg: Message, gradients: int, note: dict[str, Any]) -> tuple[Message, list[int]]:
+        """Bring a message; the reply, and minibatches for what comes next. Raises `LinkLost` where the link is dead."""
+        ...
+
+    def more(self, want: int) -> list[int]:
+        """More minibatches; none where there are none left."""
+        ...
+
+    def master(self) -> Tensor:
+        """The model that would be shipped now. [d]"""
+        ...
+
+    def leave(self, note: dict[str, Any]) -> None:
+        """Go in good order."""
+        ...
+
+
+class Alone(Exchange):
+    """A server inside the only worker: what a script does when nobody has launched it."""
+
+    def __init__(self, method: ServerMethod, x0: Tensor) -> None:
+        self.server, self.method, self.next = Server.start(method, x0), method, 0
+
+    def join(self) -> Terms:
+        return Terms(0, self.method, 0, 1, 0, self.server.join(0), [])
+
+    def ask(self, msg: Message, gradients: int, note: dict[str, Any]) -> tuple[Message, list[int]]:
+        return self.server.visit(0, msg)[0], []
+
+    def more(self, want: int) -> list[int]:
+        self.next += want
+        return list(range(self.next - want, self.next))
+
+    def master(self) -> Tensor:
+        return self.server.x()
+
+    def leave(self, note: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class _Shard:
+    """A link to one server, and the part of the model that it has."""
+
+    link: Link
+    part: slice
+    head: Header
+    push: Form
+    reply: Form
+    step: int = 0
+
+
+class Remote(Exchange):
+    """The server over links: one for each of its shards. Dials until somebody answers, or patience ends."""
+
+    def __init__(self, place: Place, x0: Tensor, hello: dict[str, Any], parse: Parse) -> None:
+        if x0.dtype not in DTYPES:
+            raise ValueError(f"the model is of {x0.dtype}: a real run takes {', '.join(map(str, DTYPES))}")
+        self.place, self.x0, self.hello, self.parse = place, x0, hello, parse
+        self.worker = place.worker
+        self.shards: list[_Shard] = []
+        self.want = 1
+        self.beat = 1.0
+        self.beating = threading.Event()
+
+    def join(self) -> Terms:
+        """Dial all servers, agree with them, and take the first reply of each."""
+        end = time.monotonic() + self.place.patience
+        pause = 0.05
+        while True:
+            try:
+                return self._join()
+            except LinkLost as lost:
+                self._hang_up()
+                if time.monotonic() + pause > end:
+                    raise LinkLost(f"{lost}; nobody came back within {self.place.patience:g} s") from None
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
+            except BaseException:
+                self._hang_up()
+                raise
+
+    def _join(self) -> Terms:
+        d, k = self.x0.numel(), len(self.place.servers)
+        if k > d:
+            raise ValueError(f"{k} servers for a model of {d} parameters: one each at most")
+        edges = [round(i * d / k) for i in range(k + 1)]
+        welcomes, replies, tickets, method = [], [], [], None
+        for i, address in enumerate(self.place.servers):
+            part = slice(edges[i], edges[i + 1])
+            note, shard = self._greet(address, part, (i, k))
+            self.shards.append(shard)
+            method = self.parse(note["method"])
+            if not isinstance(method, ServerMethod):
+                raise LinkLost(f"{address} serves {note['method'][:100]}, which has no server")
+            shard.push, shard.reply = forms(method, part.stop - part.start, self.x0.dtype)
+            if note["model"]:
+                form = Form(self.x0[part].to("meta"))
+                shard.link.send(shard.head._replace(kind=Kind.MODEL), form.pack(self.x0[part].cpu()))
+            frame = self._hear(shard, {Kind.REPLY: shard.reply.bytes}, "its first reply")
+            shard.step = frame.header.step
+            shard.head = shard.head._replace(version=frame.header.version)
+            welcomes.append(note)
+            replies.append(shard.reply.unpack(frame.payload))
+            tickets.append(frame.note["tickets"])
+        first = welcomes[0]
+        self.worker, self.beat = first["worker"], first["beat"]
+        if not self.beating.is_set():
+            self.beating.set()
+            threading.Thread(target=self._beats, daemon=True).start()
+        assert method is not None
+        step = self.shards[0].step
+        return Terms(first["worker"], method, first["seed"], first["workers"], step, self._whole(replies), tickets[0])
+
+    def _greet(self, address: str, part: slice, shard: tuple[int, int]) -> tuple[dict[str, Any], _Shard]:
+        link = dial(address, self.place.token, "the server", self.place.timeout)
+        head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
+        about = {"worker": self.worker, "parameters": part.stop - part.start, "shard": shard, "want": self.want}
+        try:
+            link.send(
+                head,
+                None,
+                self.hello | about | {"machine": machine(), "layout": None if shard[1] > 1 else self.hello["layout"]},
+            )
+            frame = link.recv({Kind.WELCOME: 0, Kind.REFUSED: 0}, "its welcome")
+            if frame.header.kind == Kind.REFUSED:
+                raise ValueError(f"the server at {address} refuses this worker: {frame.note['why']}")
+            note = frame.note
+            link.timeout = note["timeout"]
+            link.sock.settimeout(link.timeout)
+            if note["transport"] == "shared":
+                theirs, mine = note["sizes"]
+                link = SharedLink(link.sock, link.name, link.timeout, (mine, theirs), note["path"])
+            elif note["transport"] == "gloo":
+                from .gloo import GlooLink, join_store
+
+                store = join_store(address.rpartition(":")[0].strip("[]"), note["store"], link.timeout)
+                link = GlooLink(link.sock, link.name, link.timeout, store, note["prefix"])
+        except BaseException:
+            link.close()
+            raise
+        head = head._replace(worker=note["worker"], incarnation=note["incarnation"])
+        nothing = Form(torch.empty(0, device="meta"))
+        return note, _Shard(link, part, head, nothing, nothing)
+
+    def _hear(self, shard: _Shard, due: dict[Kind, int], what: str) -> Frame:
+        """A frame that is due, or the refusal in its place as an exception."""
+        frame = shard.link.recv({**due, Kind.REFUSED: 0}, what)
+        if frame.header.kind == Kind.REFUSED:
+            why = frame.note["why"]
+            if frame.note["what"] == "diverged":
+                raise Diverged(why, Trace(), shard.head.worker, shard.step)
+            raise LinkLost(f"the server refused the last message: {why}")
+        return frame
+
+    def ask(self, msg: Message, gradients: int, note: dict[str, Any]) -> tuple[Message, list[int]]:
+        self.want = note["want"]
+        parts = leaves(msg)
+        with self._mending():
+            for shard in self.shards:
+                mine = rebuild(msg, [t[shard.part] if t.dim() else t for t in parts])
+                head = shard.head._replace(kind=Kind.PUSH, step=shard.step, gradients=gradients)
+                shard.link.send(head, shard.push.pack(mine), note)
+            replies, tickets = [], []
+            for shard in self.shards:
+                frame = self._hear(shard, {Kind.REPLY: shard.reply.bytes}, "its reply")
+                shard.step += gradients
+                shard.head = shard.head._replace(version=frame.header.version)
+                replies.append(shard.reply.unpack(frame.payload))
+                tickets.append(frame.note["tickets"])
+            return self._whole(replies), tickets[0]
+
+    def more(self, want: int) -> list[int]:
+        shard = self.shards[0]
+        with self._mending():
+            shard.link.send(shard.head._replace(kind=Kind.HELLO), None, {"want": want})
+            tickets: list[int] = self._hear(shard, {Kind.WELCOME: 0}, "more minibatches").note["tickets"]
+            return tickets
+
+    def master(self) -> Tensor:
+        parts = []
+        with self._mending():
+            for shard in self.shards:
+                form = Form(torch.empty(shard.part.stop - shard.part.start, dtype=self.x0.dtype, device="meta"))
+                shard.link.send(shard.head._replace(kind=Kind.MASTER))
+                frame = self._hear(shard, {Kind.MASTER: form.bytes}, "the model")
+                parts.append(form.unpack(frame.payload))
+        return torch.cat(parts).to(self.x0.device)
+
+    def leave(self, note: dict[str, Any]) -> None:
+        for shard in self.shards:
+            with contextlib.suppress(LinkLost):
+                shard.link.send(shard.head._replace(kind=Kind.LEAVE), None, note)
+        self._hang_up()
+        self.beating.clear()
+
+    @contextlib.contextmanager
+    def _mending(self) -> Any:
+        """Frames that make no sense are as good as a broken link: a new one mends both."""
+        try:
+            yield
+        except Corrupt as corrupt:
+            raise LinkLost(str(corrupt)) from None
+
+    def _whole(self, replies: list[Message]) -> Message:
+        """One reply of those of all shards."""
+        parts = zip(*map(leaves, replies), strict=True)
+        whole = [torch.cat(part) if len(part) > 1 and part[0].dim() else part[0] for part in parts]
+        return rebuild(replies[0], [t.to(self.x0.device) for t in whole])
+
+    def _hang_up(self) -> None:
+        for shard in self.shards:
+            shard.link.close()
+        self.shards = []
+
+    def _beats(self) -> None:
+        while self.beating.is_set():
+            time.sleep(self.beat)
+            for shard in list(self.shards):
+                with contextlib.suppress(LinkLost, ValueError):
+                    shard.link.beat(shard.head)
+
+
+class Worker:
+    """Drives the loop of a method: `x` is where the next gradient is to be taken, `step` takes it."""
+
+    def __init__(self, exchange: Exchange, say: Callable[[str], None]) -> None:
+        self.exchange, self.say = exchange, say
+        self.tickets: deque[int] = deque()
+        self._used = 0  # minibatches since the last exchange
+        self._losses: list[float] = []
+        self._computes: list[float] = []
+        self._waited = 0.0
+        self._begin(exchange.join())
+        self._since = time.perf_counter()
+
+    def _begin(self, terms: Terms) -> None:
+        """A life begins with the first reply."""
+        self.terms = terms
+        self.node = Node(terms.worker, terms.method, terms.method.init(terms.reply), terms.step, seed=terms.seed)
+        self.loop: Loop = loop(terms.method, self.node)
+        self.request = self._gradient(next(self.loop))
+        self.tickets = deque(terms.tickets)
+        self._used, self._losses, self._computes = 0, [], []
+
+    @staticmethod
+    def _gradient(request: Any) -> Gradient:
+        assert isinstance(request, Gradient)
+        return request
+
+    @property
+    def x(self) -> Tensor:
+        """Where the next gradient is to be taken. [d]"""
+        return self.request.x
+
+    @property
+    def free(self) -> bool:
+        """Whether all gradients are delivered, so that nothing is lost by leaving now."""
+        return self.request.free
+
+    def ticket(self, before: float = math.inf) -> int | None:
+        """The number of a minibatch that nobody else has; None where the next is not ``before`` that, or all are out."""
+        if not self.tickets:
+            self.tickets.extend(self._again(lambda: self.exchange.more(1)))
+        return self.tickets.popleft() if self.tickets and self.tickets[0] < before else None
+
+    def use(self) -> None:
+        """A minibatch is being used: the one that was drawn first of those that were not."""
+        self._used += 1
+
+    def step(self, g: Tensor, loss: float) -> None:
+        """Take the gradient ``g`` [d] that was computed at `x`, and exchange if it is time to."""
+        now = time.perf_counter()
+        self._losses.append(loss)
+        self._computes.append(now - self._since)
+        request = self.loop.send(g)
+        if isinstance(request, Ask):
+            count = len(self._losses)
+            note = {
+                "losses": self._losses,
+                "compute": self._computes,
+                "waited": self._waited,
+                "used": self._used,
+                "want": max(1, self._used),
+            }
+            try:
+                reply, tickets = self.exchange.ask(request.msg, count, note)
+            except LinkLost as lost:
+                self._mend(lost)
+            else:
+                self.tickets.extend(tickets)
+                self._used, self._losses, self._computes = 0, [], []
+                self.request = self._gradient(self.loop.send(reply))
+        else:
+            self.request = self._gradient(request)
+        self._since = time.perf_counter()
+        self._waited = self._since - now
+
+    def master(self) -> Tensor:
+        """The model that would be shipped now. [d]"""
+        x: Tensor = self._again(self.exchange.master)
+        return x
+
+    def leave(self, done: bool) -> None:
+        """Go in good order; ``done`` says that the worker has nothing more to do."""
+        self.exchange.leave({"done": done, "used": self._used})
+
+    def _again(self, what: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return what()
+            except LinkLost as lost:
+                self._mend(lost)
+
+    def _mend(self, lost: LinkLost) -> None:
+        """The link is dead: join again, as a new life that starts from the server's model."""
+        count = len(self._losses)
+        self.say(f"{lost}; dialling again ({count} gradients of this worker are lost)")
+        self._begin(self.exchange.join())
