@@ -6,24 +6,28 @@ prefix, unless the name is taken. What is no number or text is written as Python
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Self, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, cast, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import torch
 import tyro
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -41,17 +45,19 @@ from . import __version__
 from .core.gossip import GossipMethod
 from .core.method import Method, ServerMethod
 from .core.periodic import PeriodicMethod
-from .core.values import require, require_count, unknown
+from .core.values import refuse, require, require_count, unknown
 from .engines.cluster import Cluster
+from .engines.faults import Fault, Straggler
 from .engines.network import Link
 from .engines.presets import PRESETS
-from .engines.simulator import Simulation
-from .experiment import Cell, CellFailed, Comparison, Grid, compare, show, warmed
+from .engines.simulator import Run, Simulation
+from .engines.speed import Speed
+from .experiment import Cell, CellFailed, Comparison, Grid, compare, entry, rerun, show, warmed
 from .failure import Failure
 from .methods import all_methods, find
 from .names import KINDS, read
 from .tasks import TASKS, catalogue
-from .trace import Event
+from .trace import Event, Trace
 
 USAGE, FAILED, INTERRUPTED = 2, 3, 130
 """Exit statuses: a bad input, a run that failed, Ctrl-C."""
@@ -113,15 +119,15 @@ class Tasks(Command):
 
     def run(self, argv: Sequence[str]) -> int:
         lines = []
-        for entry in catalogue():
-            where = entry.where
+        for item in catalogue():
+            where = item.where
             if where is None:
                 data = "needs no files"
             elif where.present:
                 data = f"{where.title}: found in {next(iter(where.found.values())).parent}"
             else:
                 data = f"{where.title}: {len(where.missing)} files missing; put them in {where.folders[0]}"
-            lines.append([entry.name, entry.summary, data])
+            lines.append([item.name, item.summary, data])
         out.print(_table(["task", "", "data"], lines, right=()))
         return 0
 
@@ -248,6 +254,267 @@ class Compare(Command):
 
 
 @dataclass(frozen=True)
+class Launch(Command):
+    """Train on processes of this machine: offbeat launch [OPTIONS] SCRIPT.py [ARGUMENTS], or without a script a task."""
+
+    settings: Annotated[Any, arg(name="method")]
+    """Settings of the method that --method names."""
+    data: Annotated[Any, arg(name="task")]
+    """Settings of the task that --task names."""
+    method: Annotated[
+        str | None, arg(metavar="NAME", help_behavior_hint="(default: what the script says; dana-zero)")
+    ] = None
+    """The method; server methods run on processes."""
+    task: TaskName = "digits"
+    workers: int = 2
+    """Worker processes, at least 1."""
+    gradients: Annotated[int | None, arg(help_behavior_hint="(default: 4000; of a script: until its loops end)")] = None
+    """Minibatch gradients, all workers together."""
+    warmup: float = 0.0
+    """Part of the run over which the learning rate of a task's method rises to its full value, 0 to 1."""
+    seed: int = 0
+    """What weights and the order of the data follow from."""
+    speed: Speed | None = None
+    """Seconds that a gradient of a task takes at least: the rest is slept, to try a cluster out."""
+    faults: tuple[Fault, ...] = ()
+    """Straggler(worker, factor), with --speed: slows that worker of a task."""
+    transport: Literal["auto", "shared", "gloo", "tcp"] = "auto"
+    """How payloads travel; auto is shared memory here."""
+    shards: int = 1
+    """Server processes, each with a part of the model, at least 1."""
+    restarts: int = 10
+    """How often a process that dies is started again, at least 0."""
+    timeout: float = 30.0
+    """Seconds of silence after which a process is taken for dead."""
+    every: float = 30.0
+    """Seconds between two snapshots."""
+    evaluations: int = 20
+    """How often the model of a task that would be shipped is evaluated, evenly over the gradients."""
+    resume: bool = False
+    """Go on from the newest snapshot in --out."""
+    out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: runs/launch)")] = None
+    """Where logs, trace, snapshots, model and page go."""
+    script: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "shards", "evaluations"):
+            require_count(self, name)
+        require_count(self, "restarts", least=0)
+        if self.gradients is not None:
+            require_count(self, "gradients")
+        require(self, "warmup", 0 <= self.warmup <= 1, "must be in [0, 1]")
+        for name in ("timeout", "every"):
+            require(self, name, 0 < getattr(self, name) < float("inf"), "must be finite and above 0 seconds")
+        for fault in self.faults:
+            if not isinstance(fault, Straggler):
+                refuse(
+                    self, "faults", fault, "on real processes only a Straggler can be tried; kill a process to try more"
+                )
+
+    @classmethod
+    def defaults(cls, argv: Sequence[str]) -> Self:
+        method, task = _said(argv, "--method", "dana-zero"), _task(_said(argv, "--task", cls.task))
+        return cls(settings=find(method)(), data=task())
+
+    def run(self, argv: Sequence[str]) -> int:
+        from .runtime.launch import Launch as Processes
+        from .runtime.launch import LaunchFailed
+
+        folder = _folder(self.out or Path("runs") / "launch")
+        gradients = self.gradients if self.gradients or self.script else 4000
+        flags = ["--workers", str(self.workers), "--seed", str(self.seed), "--transport", self.transport]
+        flags += ["--timeout", str(self.timeout), "--every", str(self.every), "--evaluations", str(self.evaluations)]
+        if gradients:
+            flags += ["--gradients", str(gradients)]
+        with _told():
+            if self.method is not None or not self.script:
+                method = warmed(self.settings, self.warmup, gradients or 1, self.workers)
+                if not isinstance(method, ServerMethod):
+                    refuse(
+                        self, "method", self.method, "it has no server, and real processes need one so far; simulate it"
+                    )
+                flags += ["--method", repr(method)]
+            if self.script:
+                if not Path(self.script[0]).is_file():
+                    raise ValueError(f"{self.script[0]}: there is no such file")
+                worker = [sys.executable, *self.script]
+            else:
+                task = replace(self.data, seed=self.seed)
+                task.x0()  # whatever is wrong with its data is said here
+                worker = [sys.executable, "-m", "offbeat", "worker", "--problem", repr(task)]
+                worker += ["--speed", repr(self.speed)] if self.speed else []
+                worker += ["--faults", *map(repr, self.faults)] if self.faults else []
+        total = gradients
+        with _board(total) as tell:
+            processes = Processes(
+                folder,
+                [sys.executable, "-m", "offbeat", "server", "--status", *flags],
+                worker,
+                self.workers,
+                self.shards,
+                self.restarts,
+                environment={} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"},
+                resume=self.resume,
+                say=lambda text: err.print(f"offbeat: {escape(text)}"),
+                watch=tell,
+            )
+            try:
+                over = processes.run()
+            except LaunchFailed as failed:
+                err.print(f"offbeat: {escape(str(failed))}\nlogs, trace and snapshots are in {escape(str(folder))}")
+                return FAILED
+        figures = _finished(folder, argv, gradients) if self.shards == 1 else {}
+        if figures:
+            name = self.method or "launch"
+            out.print(_table([name, f"workers: {self.workers}"], [[n, show(n, v)] for n, v in figures.items()]))
+        out.print(f"model: {folder / ('model.pt' if self.shards == 1 else 'shard-*/model.pt')}", soft_wrap=True)
+        return 0 if over else INTERRUPTED
+
+
+@dataclass(frozen=True)
+class Serve(Command):
+    """Serve a run to workers, here or on other machines; its address is host:port, and OFFBEAT_TOKEN the run's secret."""
+
+    method: Annotated[str | None, arg(metavar="METHOD", help_behavior_hint="(default: what the first worker says)")] = (
+        None
+    )
+    """A server method by name, with settings if wanted: "dana-zero(lr=0.02)"."""
+    host: str = "127.0.0.1"
+    """Where to listen: beyond this machine only with OFFBEAT_TOKEN set. Use a private network: payloads are not encrypted."""
+    port: int = 0
+    """At which port; 0: any that is free."""
+    workers: int = 1
+    """How many workers will end their loops before the run is over; more may come and go."""
+    gradients: int | None = None
+    """Minibatches to hand out, all workers together; None: until the workers' loops end."""
+    seed: int = 0
+    """What the order of the data follows from."""
+    transport: Literal["auto", "shared", "gloo", "tcp"] = "auto"
+    """How payloads travel; auto: shared memory within a machine, gloo between two."""
+    shard: tuple[int, int] = (0, 1)
+    """Which part of the model this server has, of how many."""
+    timeout: float = 30.0
+    """Seconds of silence after which a worker is taken for dead."""
+    every: float = 30.0
+    """Seconds between two snapshots."""
+    evaluations: int = 20
+    """How often a task's model is evaluated, evenly over the gradients."""
+    resume: bool = False
+    """Go on from the newest whole snapshot in --out, if there is one."""
+    status: bool = False
+    """Write status as JSON lines to the standard output instead of a table."""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/server")
+    """Where trace, snapshots and model go."""
+
+    def run(self, argv: Sequence[str]) -> int:
+        from .runtime.server import RunServer
+        from .runtime.server import Terms as RunTerms
+
+        folder = _folder(self.out)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        with _told():
+            method = None if self.method is None else _method(self.method)
+            terms = RunTerms(
+                method,
+                self.gradients,
+                self.workers,
+                self.seed,
+                self.transport,
+                self.timeout,
+                min(1.0, self.timeout / 4),
+                self.every,
+                self.shard,
+            )
+            token = os.environ.get("OFFBEAT_TOKEN", "")
+            server = RunServer(terms, token, folder, read, _log, self.host, self.port)
+            if self.resume:
+                server.resume()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.stop())
+        address = f"{self.host}:{server.port}"
+        with contextlib.nullcontext(_lines) if self.status else _board(self.gradients) as tell:
+            if self.status:
+                print(json.dumps({"address": address}), flush=True)
+            else:
+                err.print(f"offbeat: workers may join with OFFBEAT_SERVER={address}")
+            watch = _Evaluating(server, self.evaluations, tell)
+            server.run(watch.look)
+            if server.problem:
+                server.evaluate(read(server.problem))
+        return 0
+
+
+@dataclass(frozen=True)
+class Work(Command):
+    """Be a worker of a run: offbeat worker --server HOST:PORT SCRIPT.py [ARGUMENTS], or without a script of a task."""
+
+    server: Annotated[str, arg(metavar="HOST:PORT", help_behavior_hint="(default: $OFFBEAT_SERVER)")] = ""
+    """Where the server is; of several shards all, with commas between them."""
+    problem: Annotated[str | None, arg(metavar="TASK")] = None
+    """A task as a value, such as "Digits(batch=16)"."""
+    number: Annotated[int | None, arg(help_behavior_hint="(default: $OFFBEAT_WORKER, or one that is free)")] = None
+    """The worker's number."""
+    speed: Speed | None = None
+    """Seconds that a gradient of a task takes at least."""
+    faults: tuple[Fault, ...] = ()
+    """What slows the worker of a task."""
+    script: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+
+    def run(self, argv: Sequence[str]) -> int:
+        said = {"OFFBEAT_SERVER": self.server, "OFFBEAT_WORKER": "" if self.number is None else str(self.number)}
+        os.environ.update({name: value for name, value in said.items() if value})
+        if not os.environ.get("OFFBEAT_SERVER"):
+            raise Refused("no server is named: give --server HOST:PORT, or set OFFBEAT_SERVER")
+        if self.script:
+            os.execv(sys.executable, [sys.executable, *self.script])
+        if self.problem is None:
+            raise Refused("nothing to do: give a script, or a task such as --problem 'Digits()'")
+        from .runtime.link import LinkLost
+        from .runtime.worker import Place, Remote, Worker, train
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        stopped = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+        with _told():
+            problem, place = read(self.problem), Place.read()
+            hello = {"method": place.method, "problem": repr(problem), "layout": None}
+            try:
+                worker = Worker(Remote(place, problem.x0(), hello, read), _log)
+                train(worker, problem, self.speed, self.faults, stopped.is_set)
+            except (LinkLost, Failure) as error:
+                err.print(f"offbeat: {escape(str(error))}")
+                return FAILED
+        return 0
+
+
+@dataclass(frozen=True)
+class Replay(Command):
+    """Run a recorded run again: simulate it from its header, or replay the order of a real run in one process."""
+
+    trace: Positional[Path]
+    """The trace, or the folder of a run."""
+    problem: Annotated[str | None, arg(metavar="TASK", help_behavior_hint="(default: the trace's own)")] = None
+    """The problem of a user's own script, as a task such as "Digits()"."""
+
+    def run(self, argv: Sequence[str]) -> int:
+        with _told():
+            path = self.trace / "trace.jsonl" if self.trace.is_dir() else self.trace
+            trace = Trace.read(path)
+            problem = None if self.problem is None else read(self.problem)
+            with _progress(max(1, len(trace))) as tell:
+                run = rerun(trace, problem, _watch(tell))
+        lines = [[name, show(name, value)] for name, value in run.summary().items()]
+        model = path.parent / "model.pt"
+        if model.exists() and trace.header.get("engine") == "runtime":
+            x = torch.cat([t.reshape(-1) for t in torch.load(model, weights_only=True).values()])
+            if x.shape == run.x.shape:
+                lines.append(["distance to the recorded run's model", f"{float((x - run.x).abs().max()):.3g}"])
+        out.print(_table(["replay", ""], lines))
+        return 0
+
+
+@dataclass(frozen=True)
 class Report(Command):
     """Draw the page of an earlier run or comparison again."""
 
@@ -268,6 +535,10 @@ COMMANDS: dict[str, type[Command]] = {
     "tasks": Tasks,
     "simulate": Simulate,
     "compare": Compare,
+    "launch": Launch,
+    "server": Serve,
+    "worker": Work,
+    "replay": Replay,
     "report": Report,
 }
 
@@ -317,11 +588,19 @@ def _told() -> Iterator[None]:
 
 def _parse(name: str, argv: Sequence[str]) -> Command:
     command: Any = COMMANDS[name]
+    argv, script = _script(argv) if "script" in {f.name for f in fields(command)} else (argv, ())
     with _told():
         default = command.defaults(argv)
     parts = [getattr(default, f.name) for f in fields(command) if hasattr(default, f.name)]
     registry = _registry(command, [type(part) for part in parts if is_dataclass(part)])
-    return cast(Command, tyro.cli(command, prog=f"offbeat {name}", args=list(argv), default=default, registry=registry))
+    parsed = tyro.cli(command, prog=f"offbeat {name}", args=list(argv), default=default, registry=registry)
+    return cast(Command, replace(parsed, script=tuple(script)) if script else parsed)
+
+
+def _script(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Flags of the command, and the user's script with its own arguments."""
+    place = next((i for i, word in enumerate(argv) if word.endswith(".py")), len(argv))
+    return argv[:place], argv[place:]
 
 
 def _registry(command: Any, parts: Sequence[type]) -> ConstructorRegistry:
@@ -428,6 +707,88 @@ def _folder(path: Path) -> Path:
     except OSError as error:
         raise Refused(f"the folder {path} cannot be written to ({error.strerror}): choose another one") from error
     return path
+
+
+class _Evaluating:
+    """Tells a server's status about once a second, and evaluates the model of a task as often as asked."""
+
+    def __init__(self, server: Any, evaluations: int, tell: Callable[[dict[str, Any]], None]) -> None:
+        total = server.terms.gradients
+        self.server, self.tell = server, tell
+        self.every = max(1, total // evaluations) if total and server.terms.shard == (0, 1) else 0
+        self.due, self.last, self.problem = self.every, 0.0, None
+
+    def look(self) -> None:
+        """What the server calls some times a second."""
+        done = self.server.tickets.done
+        if self.every and self.server.problem and done >= self.due:
+            self.problem = self.problem or read(self.server.problem)
+            self.due = (done // self.every + 1) * self.every
+            self.server.evaluate(self.problem)
+        if time.monotonic() - self.last >= 1.0:
+            self.last = time.monotonic()
+            self.tell(self.server.status())
+
+
+def _lines(status: dict[str, Any]) -> None:
+    print(json.dumps(status), flush=True)
+
+
+def _log(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} offbeat: {text}", file=sys.stderr, flush=True)
+
+
+def _method(text: str) -> ServerMethod:
+    """A server method by name, by name with settings, or as a value."""
+    value = read(text) if text[:1].isupper() else entry(text)
+    if not isinstance(value, ServerMethod):
+        raise ValueError(f"{text} has no server: take a server method such as dana-zero")
+    return value
+
+
+@contextmanager
+def _board(total: int | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function to call with a run's status: a live table, or lines where there is no terminal."""
+    if not err.is_terminal or os.environ.get("CI"):
+        due = 0.0
+
+        def line(status: dict[str, Any]) -> None:
+            nonlocal due
+            if time.monotonic() >= due:
+                due = time.monotonic() + 5
+                rate = sum(w["rate"] for w in status["workers"] if w["rate"] == w["rate"])
+                of = f" of {total:,}" if total else ""
+                err.print(f"{status['gradients']:,}{of} gradients, {rate:,.0f}/s, {len(status['workers'])} workers")
+
+        yield line
+        return
+    with Live(console=err, auto_refresh=False, transient=True) as live:
+
+        def draw(status: dict[str, Any]) -> None:
+            titles = ["worker", "life", "gradients", "per second", "lag", "gap", "loss", "last seen, s"]
+            names = ("worker", "life", "gradients", "rate", "lag", "gap", "loss", "seen")
+            lines = [[show(name, float(w[name])) for name in names] for w in status["workers"]]
+            of = f" of {total:,}" if total else ""
+            head = f"{status['gradients']:,}{of} gradients, {status['seconds']:,.0f} s, {status['refused']} refused"
+            live.update(Group(head, _table(titles, lines)), refresh=True)
+
+        yield draw
+
+
+def _finished(folder: Path, argv: Sequence[str], gradients: int | None) -> dict[str, float]:
+    """The figures of a run that is over; writes its summary and its page."""
+    path = folder / "trace.jsonl"
+    trace = Trace.read(path) if path.exists() else Trace()
+    if not len(trace):
+        err.print(f"offbeat: no gradient was taken; see the logs in {escape(str(folder / 'logs'))}")
+        return {}
+    x = torch.cat([t.reshape(-1) for t in torch.load(folder / "model.pt", weights_only=True).values()])
+    last = trace.evaluations[-1].figures if trace.evaluations else {}
+    figures = Run(x, trace, trace[-1].seconds, last).summary()
+    summary = {"command": _line(argv), "failure": "", "message": "", "figures": figures}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    _page((trace, summary), folder)
+    return figures
 
 
 def _page(result: Any, folder: Path) -> None:

@@ -35,13 +35,14 @@ from .core.values import refuse, require, require_count
 from .engines.cluster import Cluster
 from .engines.faults import Fault
 from .engines.network import Network
+from .engines.replay import replay
 from .engines.simulator import Run, Simulation, simulate
 from .engines.speed import Gamma, Speed
 from .failure import Failure
 from .methods import find
 from .names import names, read
 from .tasks import Digits
-from .trace import Trace
+from .trace import Event, Trace
 
 FORMAT = "offbeat comparison 1"
 
@@ -213,6 +214,12 @@ class Grid:
             "provenance": about["provenance"],
             "versions": about["versions"],
         }
+
+
+def entry(text: str) -> Method:
+    """The method that ``text`` names, with settings of its own if wanted: ``"gem(kappa=2)"``; ``ValueError`` else."""
+    _, cls, said = _entry(text)
+    return cls(**said)
 
 
 def _entry(entry: str | Method | tuple[str, Method]) -> tuple[str, type[Method], dict[str, Any]]:
@@ -460,27 +467,38 @@ def show(name: str, value: float, spread: float | None = None) -> str:
     return text if spread is None else f"{text} ± {spread:.1g}"
 
 
-def rerun(trace: Trace) -> Run:
-    """Simulate again what ``trace`` has recorded, from its header alone.
+def rerun(trace: Trace, problem: Problem | None = None, watch: Callable[[Event], None] | None = None) -> Run:
+    """Run again what ``trace`` has recorded: simulate it from its header, or replay the order of a real run.
 
-    The events are the same bit for bit on the same kind of machine with the same torch and number of threads (the
-    header's, if it says one). Raises ``ValueError`` where the header names something that is no value of the library.
+    The events of a simulated run are the same bit for bit on the same kind of machine with the same torch and number of
+    threads (the header's, if it says one); a real run's final parameters are the same to rounding. ``problem`` takes the
+    place of the header's; a real run in a user's own script needs it, as nobody else knows its gradients.
+    Raises ``ValueError`` where the header names something that is no value of the library.
     """
     header = trace.header
-    if header.get("engine") != "simulator":
-        raise ValueError(f"cannot run this trace again: its engine is {header.get('engine')!r}, not the simulator")
-    parts = []
-    for part in ("method", "problem", "cluster"):
-        try:
-            parts.append(read(header[part]))
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"cannot run this trace again: its {part} {header.get(part)!r} is no value of the library ({error}); "
-                "call offbeat.simulate with the values that it was made from"
-            ) from None
-    settings = {name: header[name] for name in ("gradients", "seed", "evaluate_every")}
+    engine = header.get("engine")
+    if engine not in ("simulator", "runtime"):
+        raise ValueError(f"cannot run this trace again: its engine is {engine!r}, not the simulator or the runtime")
+    if engine == "runtime" and problem is None and not header.get("problem"):
+        raise ValueError(
+            "cannot replay this trace: it is of a user's own script, whose gradients only the script knows; name a problem "
+            "whose gradients are the same function of (x, worker, step)"
+        )
+    parts: dict[str, Any] = {"problem": problem}
+    for part in ("method", "problem", "cluster") if engine == "simulator" else ("method", "problem"):
+        if parts.get(part) is None:
+            try:
+                parts[part] = read(header[part])
+            except (KeyError, ValueError) as error:
+                raise ValueError(
+                    f"cannot run this trace again: its {part} {header.get(part)!r} is no value of the library ({error}); "
+                    "call offbeat.simulate with the values that it was made from"
+                ) from None
     with _threads(header.get("threads", torch.get_num_threads())):
-        return simulate(*parts, **settings)
+        if engine == "runtime":
+            return replay(trace, parts["method"], parts["problem"], watch)
+        settings = {name: header[name] for name in ("gradients", "seed", "evaluate_every")}
+        return simulate(parts["method"], parts["problem"], parts["cluster"], **settings, watch=watch)
 
 
 def _stem(label: str) -> str:

@@ -134,15 +134,18 @@ class Trace(Sequence[Event]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _lines(self) -> Iterator[str]:
-        yield line(self.header)
+    def entries(self) -> Iterator[Event | Incident | Evaluation]:
+        """Events and notes, as they occurred."""
         notes = list(reversed(self._notes))
         for count, event in enumerate(self):
             while notes and notes[-1][0] <= count:
-                yield line(notes.pop()[1])
-            yield line(event)
-        for _, note in reversed(notes):
-            yield line(note)
+                yield notes.pop()[1]
+            yield event
+        yield from (note for _, note in reversed(notes))
+
+    def _lines(self) -> Iterator[str]:
+        yield line(self.header)
+        yield from map(line, self.entries())
 
     def write(self, path: str | Path) -> None:
         """Write the trace as JSON lines; floats keep every bit."""

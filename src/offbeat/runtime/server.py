@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..core.method import GradientServer, Message, ServerMethod
+from ..core.problem import Problem
 from ..core.protocol import Server
 from ..trace import Evaluation, Event, Incident, line
 from . import snapshot
@@ -146,7 +147,7 @@ class RunServer:
         self.lock = threading.RLock()
         self.opening = threading.Lock()  # held by the worker that brings the first model
         self.began = time.monotonic()
-        self.idle = time.monotonic()  # since when nobody is there
+        self.last = 0.0  # seconds at the last gradient
         self.stopping = threading.Event()
         self.snapshots = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,14 +158,18 @@ class RunServer:
 
     # the run's life
 
-    def run(self) -> None:
-        """Accept workers until the run is over or `stop` is called; then write what has become of it."""
+    def run(self, watch: Callable[[], None] = lambda: None) -> None:
+        """Accept workers until the run is over or `stop` is called; then write what has become of it.
+
+        ``watch`` is called some times a second, while training goes on.
+        """
         threading.Thread(target=self._accept, daemon=True).start()
         due = time.monotonic() + self.terms.every
         while not self.stopping.wait(0.2):
             with self.lock:
                 if self.over():
                     break
+            watch()
             if time.monotonic() >= due:
                 self.save()
                 due = time.monotonic() + self.terms.every
@@ -187,9 +192,9 @@ class RunServer:
         self.stopping.set()
         self.listener.close()
         with self.lock:
+            self.save()
             for session in list(self.sessions.values()):
                 session.link.close()
-            self.save()
             if self.journal:
                 self.journal.flush()
             if self.server is not None:
@@ -494,6 +499,7 @@ class RunServer:
         for other, reply in replies.items():
             self.sessions[other].outbox.put((server.version, reply))
         now, count = self.seconds, header.gradients
+        self.last = now
         losses, compute = _floats(note.get("losses"), count), _floats(note.get("compute"), count)
         for k in range(count):
             last = k == count - 1
@@ -564,7 +570,6 @@ class RunServer:
         if self.sessions.get(session.worker) is not session:
             return
         del self.sessions[session.worker]
-        self.idle = time.monotonic()
         self.tickets.returned.extend(session.held)
         lost = 0 if orderly else len(session.held)
         session.held.clear()
@@ -667,10 +672,15 @@ class RunServer:
     def _note(self, note: Incident | Evaluation) -> None:
         self._write(line(note))
 
-    def note(self, evaluation: Evaluation) -> None:
-        """Record how good the model is."""
+    def evaluate(self, problem: Problem) -> None:
+        """Record how good the model is that would be shipped now; training goes on meanwhile."""
         with self.lock:
-            self._note(evaluation)
+            assert self.server is not None
+            x, done = self.server.x(), sum(self.steps.values())
+            seconds = self.seconds if self.sessions else self.last
+        figures = {name: float(value) for name, value in problem.evaluate(x).items()}
+        with self.lock:
+            self._note(Evaluation(seconds, done, figures))
             self.journal.flush()
 
     # refusals

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from ..core.method import Message, ServerMethod
+from ..core.problem import Problem
 from ..core.protocol import Ask, Gradient, Loop, Node, Server, loop
+from ..engines.faults import Fault
+from ..engines.speed import Speed
 from ..failure import Diverged
 from ..trace import Trace
 from .link import Frame, Link, LinkLost, SharedLink, dial, machine
@@ -399,3 +402,29 @@ class Worker:
         count = len(self._losses)
         self.say(f"{lost}; dialling again ({count} gradients of this worker are lost)")
         self._begin(self.exchange.join())
+
+
+def train(
+    worker: Worker,
+    problem: Problem,
+    speed: Speed | None = None,
+    faults: Sequence[Fault] = (),
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Take gradients of ``problem`` until all minibatches are handed out, or ``stopped`` says so; then leave.
+
+    With ``speed`` a gradient takes at least as long as on that simulated machine, and ``faults`` slow it further: the
+    rest of the time is slept.
+    """
+    name, began = worker.terms.worker, time.monotonic()
+    times = speed.stream(worker.terms.seed, name) if speed else None
+    while not (stopped() and worker.free) and worker.ticket() is not None:
+        worker.use()
+        start = time.monotonic()
+        g, loss = problem.grad(worker.x, name, worker.node.step)
+        took = max(time.monotonic() - start, next(times) if times else 0.0)
+        for fault in faults:
+            took *= fault.slowdown(name, start - began)
+        time.sleep(max(0.0, took - (time.monotonic() - start)))
+        worker.step(g, float(loss))
+    worker.leave(done=not stopped())
