@@ -80,8 +80,8 @@ class SlowMoNoAverage(SlowMo, name="slowmo-no-average"):
     Differences from the paper: as for SlowMo; u and x_0 now differ from peer to peer, and mass under way to a peer of an
     overlapping base is taken in before the slow step. Over push-sum (SGP, OSGP) x_tau is z_i, the mass is put where the
     slow step ends, and the weight w_i stays as it is: on a graph that is not doubly stochastic too, alpha = 1 and beta = 0
-    is the base itself, but for its buffers. (After an exact average all weights are 1 again; without one that would make
-    mass out of nothing.)
+    is the base itself, but for its buffers and, where messages overlap, for those taken in early. (After an exact average
+    all weights are 1 again; without one that would make mass out of nothing.) In a block at rate 0 the base mixes on.
     Weight decay is the base's, the mean over peers is evaluated. One that joins starts as the base's newcomers do, with
     another's u and x_0; one that leaves takes its mass along.
     """
