@@ -784,7 +784,7 @@ def _finished(folder: Path, argv: Sequence[str], gradients: int | None) -> dict[
         return {}
     x = torch.cat([t.reshape(-1) for t in torch.load(folder / "model.pt", weights_only=True).values()])
     last = trace.evaluations[-1].figures if trace.evaluations else {}
-    figures = Run(x, trace, trace[-1].seconds, last).summary()
+    figures = {n: v for n, v in Run(x, trace, trace[-1].seconds, last).summary().items() if v == v}
     summary = {"command": _line(argv), "failure": "", "message": "", "figures": figures}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     _page((trace, summary), folder)

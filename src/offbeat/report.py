@@ -136,11 +136,11 @@ def _of_comparison(comparison: Comparison, folder: str | Path) -> Path:
             lambda theme: _over_workers(comparison, chief, theme),
         ),
         f"{over}-over-time": (
-            f"{chief.capitalize()} of the model that would be shipped, over virtual seconds: mean over the seeds.",
+            f"{chief.capitalize()} of the model that would be shipped, over {_clock(header)}: mean over the seeds.",
             lambda theme: _over_time(comparison, chief, theme),
         ),
         "loss": (
-            "Training loss, a running mean over the minibatches and the seeds, over virtual seconds and over gradients. "
+            f"Training loss, a running mean over the minibatches and the seeds, over {_clock(header)} and over gradients. "
             "A thin line that ends in a cross is a run that failed.",
             lambda theme: _losses(comparison, theme),
         ),
@@ -173,7 +173,7 @@ def _of_comparison(comparison: Comparison, folder: str | Path) -> Path:
         *(_picture(folder, name, caption, draw) for name, (caption, draw) in pictures.items()),
         "<h2>All figures</h2>",
         _table(comparison.table(), _best(comparison.rows(), chief)),
-        "<p>Means over the seeds that finished, ± the sample standard deviation. Seconds are virtual. Speed-up: "
+        "<p>Means over the seeds that finished, ± the sample standard deviation. Speed-up: "
         "gradients per second, relative to one worker. Bold: the best mean of its number of workers.</p>",
         _list("Failures", failed),
         _list("Settings", header["methods"].values()),
@@ -188,7 +188,7 @@ def _of_run(trace: Trace, summary: dict[str, Any], folder: str | Path) -> Path:
     facts |= {"incidents": ", ".join(f"{n} {what}" for what, n in incidents.items())} if incidents else {}
     body = [_facts(facts), _notes([*([summary["message"]] if summary["message"] else []), *_provenance(header)])]
     if len(trace):
-        body.append(_picture(folder, "loss", "Loss and figures over virtual time.", lambda t: _progress(trace, t)))
+        body.append(_picture(folder, "loss", "Loss and figures over time.", lambda t: _progress(trace, t)))
         caption = "How stale the gradients were, and how many each worker took."
         body.append(_picture(folder, "staleness", caption, lambda t: _stale(trace, t)))
         if own := sorted(trace[0].extra):
@@ -212,18 +212,19 @@ class Look:
     marker: str
 
 
-def _looks(comparison: Comparison, theme: Theme) -> dict[str, Look]:
+def styles(labels: Iterable[str], theme: Theme) -> dict[str, Look]:
+    """A look for each label, by its place."""
     n = len(theme.colours)
     return {
         label: Look(theme.colours[i % n], DASHES[i // n % len(DASHES)], MARKERS[i % len(MARKERS)])
-        for i, label in enumerate(comparison.header["methods"])
+        for i, label in enumerate(labels)
     }
 
 
 def _over_workers(comparison: Comparison, name: str, theme: Theme) -> Figure:
     figure = _figure(9, 5)
     axes = figure.subplots()
-    workers, looks = comparison.header["workers"], _looks(comparison, theme)
+    workers, looks = comparison.header["workers"], styles(comparison.header["methods"], theme)
     ceiling = _ceiling(comparison, name)
     ends: dict[str, tuple[float, float]] = {}
     for i, (label, look) in enumerate(looks.items()):
@@ -252,12 +253,12 @@ def _over_workers(comparison: Comparison, name: str, theme: Theme) -> Figure:
     axes.set(xlabel="workers", ylabel=f"final {name}", xlim=(-0.35, len(workers) - 0.65))
     axes.grid(axis="y")
     _scale(axes, name)
-    _label(axes, ends, looks)
+    label_ends(axes, ends, looks)
     return figure
 
 
 def _over_time(comparison: Comparison, name: str, theme: Theme) -> Figure:
-    workers, looks = comparison.header["workers"], _looks(comparison, theme)
+    workers, looks = comparison.header["workers"], styles(comparison.header["methods"], theme)
     columns = min(len(workers), 3)
     lines = math.ceil(len(workers) / columns)
     figure = _figure(4 * columns, 3.4 * lines + 0.7)
@@ -271,7 +272,7 @@ def _over_time(comparison: Comparison, name: str, theme: Theme) -> Figure:
         axes.set_title(_workers(n))
         axes.grid(axis="y")
         axes.set_xlim(left=0)
-        axes.set_xlabel("virtual seconds")
+        axes.set_xlabel(_clock(comparison.header))
     _scale(panels[0], name, _ceiling(comparison, name))
     for axes in panels[len(workers) :]:
         axes.remove()
@@ -281,7 +282,7 @@ def _over_time(comparison: Comparison, name: str, theme: Theme) -> Figure:
 
 
 def _losses(comparison: Comparison, theme: Theme) -> Figure:
-    workers, looks = comparison.header["workers"], _looks(comparison, theme)
+    workers, looks = comparison.header["workers"], styles(comparison.header["methods"], theme)
     figure = _figure(max(4.0 * len(workers), 7), 7.2)
     grid = figure.subplots(2, len(workers), sharex="row", sharey=True, squeeze=False)
     lowest = math.inf
@@ -299,7 +300,7 @@ def _losses(comparison: Comparison, theme: Theme) -> Figure:
                 x, y = _mean(list(curves.values()))
                 axes.plot(x, y, color=look.color, ls=look.linestyle, lw=1.6)
                 lowest = min(lowest, float(y.min()))
-    for line, what in enumerate(("virtual seconds", "gradients, all workers together")):
+    for line, what in enumerate((_clock(comparison.header), "gradients, all workers together")):
         for n, axes in zip(workers, grid[line], strict=True):
             axes.set_title(_workers(n) if line == 0 else "")
             axes.set(yscale="log" if lowest > 0 else "linear", xscale="log" if line == 0 else "linear")
@@ -316,7 +317,7 @@ def _losses(comparison: Comparison, theme: Theme) -> Figure:
 
 
 def _staleness(comparison: Comparison, theme: Theme) -> Figure:
-    looks = _looks(comparison, theme)
+    looks = styles(comparison.header["methods"], theme)
     workers = [n for n in comparison.header["workers"] if n > 1] or comparison.header["workers"]
     figure = _figure(10, 1.6 + 0.55 * len(looks))
     lag, gap = figure.subplots(1, 2, sharey=True)
@@ -371,14 +372,14 @@ def _progress(trace: Trace, theme: Theme) -> Figure:
     if tests:
         axes.plot(*zip(*tests, strict=True), "o", ms=4, mfc="none", color=theme.colours[1], label="evaluation")
     positive = loss[loss > 0]
-    axes.set(xlabel="virtual seconds", ylabel="loss", yscale="log" if len(positive) == len(loss) else "linear")
+    axes.set(xlabel=_clock(trace.header), ylabel="loss", yscale="log" if len(positive) == len(loss) else "linear")
     if len(positive) == len(loss) and (top := 1000 * loss[0]) < loss.max():
         axes.set_ylim(0.7 * loss.min(), top)
     axes.legend(frameon=False)
     for name, other in zip(names, others, strict=False):
         points = [(e.seconds, _shown(name, e.figures[name])) for e in trace.evaluations]
         other.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.6, color=theme.colours[2])
-        other.set(xlabel="virtual seconds", ylabel=name, xlim=axes.get_xlim())
+        other.set(xlabel=_clock(trace.header), ylabel=name, xlim=axes.get_xlim())
         _scale(other, name)
     for each in (axes, *others):
         each.grid(axis="y")
@@ -392,6 +393,7 @@ def _stale(trace: Trace, theme: Theme) -> Figure:
     lag, gap, share = figure.subplots(1, 3)
     for axes, column in ((lag, "lag"), (gap, "gap")):
         values = _column(trace, column)
+        values = values[np.isfinite(values)]  # a real run measures the gap of a large model now and then
         bins = _bins([values], whole=column == "lag")
         axes.hist(values, bins, color=theme.colours[0], alpha=0.85)
         axes.set_xscale("linear" if column == "lag" else "log")
@@ -417,7 +419,7 @@ def _own(trace: Trace, names: Sequence[str], theme: Theme) -> Figure:
         x, y = _smooth(trace, "seconds", name)
         axes.plot(x, y, color=theme.colours[i % len(theme.colours)], lw=1.8)
         wide = y.min(initial=1) > 0 and y.max(initial=0) > 1000 * y.min(initial=math.inf)
-        axes.set(xlabel="virtual seconds", yscale="log" if wide else "linear")
+        axes.set(xlabel=_clock(trace.header), yscale="log" if wide else "linear")
         axes.set_title(name)
         axes.grid(axis="y")
     return figure
@@ -428,6 +430,11 @@ def _own(trace: Trace, names: Sequence[str], theme: Theme) -> Figure:
 
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _clock(header: dict[str, Any]) -> str:
+    """What seconds are: real ones where processes ran, else the simulator's."""
+    return "virtual seconds" if header.get("engine", "simulator") == "simulator" else "seconds"
 
 
 def _column(trace: Trace, name: str) -> Array:
@@ -516,7 +523,7 @@ def _scale(axes: Axes, name: str, ceiling: float = math.inf) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
 
 
-def _label(axes: Axes, ends: dict[str, tuple[float, float]], looks: dict[str, Look]) -> None:
+def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], looks: dict[str, Look]) -> None:
     """Write each label to the right of the end of its curve, moved up or down so that none covers another."""
     place = axes.transData + axes.transAxes.inverted()
     low = axes.get_ylim()[0]
@@ -555,7 +562,8 @@ def _legend(figure: Figure, looks: dict[str, Look]) -> None:
     figure.legend(handles=lines, loc="outside lower center", ncols=min(across, len(lines)), frameon=False)
 
 
-def _png(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
+def png(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
+    """The picture that ``draw`` makes, in the colours of ``theme``."""
     style: dict[Any, Any] = {
         "axes.edgecolor": theme.faint,
         "axes.facecolor": theme.paper,
@@ -637,7 +645,7 @@ def _write(folder: str | Path, title: str, body: list[str], header: dict[str, An
 
 
 def _picture(folder: str | Path, name: str, caption: str, draw: Callable[[Theme], Figure]) -> str:
-    light, dark = _png(draw, LIGHT), _png(draw, DARK)
+    light, dark = png(draw, LIGHT), png(draw, DARK)
     (Path(folder) / f"{name}.png").write_bytes(light)
     link = {
         theme: "data:image/png;base64," + base64.b64encode(png).decode() for theme, png in (("l", light), ("d", dark))
