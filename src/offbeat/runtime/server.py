@@ -29,6 +29,7 @@ from ..core.problem import Problem
 from ..core.protocol import Server
 from ..trace import Evaluation, Event, Incident, line
 from . import snapshot
+from .kernel import SMALLEST, Kernel
 from .link import Frame, Link, LinkLost, SharedLink, accept, listen, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild
 
@@ -108,6 +109,7 @@ class Session:
     outbox: queue.SimpleQueue[tuple[int, Message]] = field(default_factory=queue.SimpleQueue)  # with their versions
     held: deque[int] = field(default_factory=deque)  # tickets that it has and has not used
     point: Tensor | None = None  # where its next gradient is taken, if the server knows [d]
+    sent: Message | None = None  # the last reply, whose buffers are free when the next one goes out
     visits: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     moments: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # of its last gradients
@@ -151,6 +153,7 @@ class RunServer:
         self.stopping = threading.Event()
         self.snapshots = 0
         folder.mkdir(parents=True, exist_ok=True)
+        self.kernel: Kernel | None = None
         self.journal: Any = None
         self._store: Any = None
         self.listener = listen(host, port)
@@ -324,7 +327,8 @@ class RunServer:
                 self._gone(old, False)
             assert self.server is not None
             self.sessions[worker] = session
-            message, version = self.server.join(worker), self.server.version
+            message, version = self._kept(self.server.join(worker)), self.server.version
+            self.server.own[worker] = self._kept(self.server.own[worker])
             self._note(Incident(self.seconds, worker, "joined"))
             tickets = self._hand(session, note)
         self.say(f"worker {worker} has joined over {link.transport}")
@@ -419,6 +423,7 @@ class RunServer:
                 "versions": {"offbeat": __version__, "torch": torch.__version__, "python": platform.python_version()},
             }
             self._write(line(header))
+        threading.Thread(target=self._fuse, daemon=True).start()
 
     def _hand(self, session: Session, note: dict[str, Any]) -> list[int]:
         want = note.get("want", 1)
@@ -441,7 +446,7 @@ class RunServer:
             if frame.header.kind == Kind.MASTER:
                 with self.lock:
                     assert self.server is not None
-                    x = self.server.x()
+                    x = self._kept(self.server.x())
                 session.link.send(session.head._replace(kind=Kind.MASTER), self._model.pack(x))
                 continue
             if frame.header.kind == Kind.HELLO:  # it needs more minibatches
@@ -479,10 +484,31 @@ class RunServer:
     def _handle(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
         """The method's handler as a transaction: what is not finite never takes the place of what is."""
         assert self.method is not None
-        state, mine, reply = self.method.serve(s, own, msg)
-        if not finite(reply):
+        kernel = self.kernel
+        new = (kernel or self.method.serve)(s, own, msg)
+        good = finite(new[2])
+        if kernel:  # the buffers of what is not kept are the next visit's
+            kernel.spare(0, s if good else new[0])
+            kernel.spare(1, own if good else new[1])
+        if not good:
             raise FloatingPointError
-        return state, mine, reply
+        return new
+
+    def _fuse(self) -> None:
+        """Compile the handler of a large model while training goes on, and use it from then on where it is faster."""
+        assert self.method is not None
+        if self.parameters < SMALLEST or self.method.gated:
+            return
+        try:
+            kernel = Kernel(self.method, torch.zeros(self.parameters, dtype=self.dtype))
+            eager, fused = kernel.race()
+        except Exception as error:  # whatever a compiler may raise: eager is right, only slower
+            self.say(f"visits stay eager, as no kernel could be compiled ({str(error).splitlines()[0][:200]})")
+            return
+        self.say(f"a visit takes {1e3 * eager:.1f} ms eager and {1e3 * fused:.1f} ms fused")
+        if fused < eager:
+            with self.lock:
+                self.kernel = kernel
 
     def _visit(self, session: Session, frame: Frame, message: Message, note: dict[str, Any]) -> None:
         """Serve one message, under the lock, and record it."""
@@ -562,6 +588,9 @@ class RunServer:
         """Send a reply: outside of the lock, for a worker may be slow to take it."""
         if isinstance(self.method, GradientServer):
             session.point = self.method.params(self.method.init(reply))
+        if self.kernel and session.sent is not None:
+            self.kernel.spare(2, session.sent)
+        session.sent = reply if self.kernel else None
         head = session.head._replace(step=self.steps.get(session.worker, 0), version=version)
         session.link.send(head, session.reply.pack(reply), {"tickets": tickets})
 
@@ -580,6 +609,10 @@ class RunServer:
         self.say(f"worker {session.worker} has left" if orderly else f"worker {session.worker} is lost")
 
     # what is kept
+
+    def _kept(self, value: Any) -> Any:
+        """``value``, which stays as it is when the next visits write into spare buffers; under the lock."""
+        return _copy(value) if self.kernel else value
 
     def save(self) -> Path | None:
         """Write a snapshot; the run goes on meanwhile, for states are never changed in place."""
@@ -603,8 +636,8 @@ class RunServer:
                 "tickets": [self.tickets.next, self.tickets.done],
                 "returned": [*self.tickets.returned, *(t for s in self.sessions.values() for t in s.held)],
                 "trace": self.journal.tell(),
-                "state": leaves(server.state),
-                "own": {worker: leaves(own) for worker, own in server.own.items()},
+                "state": leaves(self._kept(server.state)),
+                "own": {worker: leaves(self._kept(own)) for worker, own in server.own.items()},
                 "clock": dict(server.clock),
             }
             number = self.snapshots
@@ -645,6 +678,7 @@ class RunServer:
         for worker in list(server.own):
             self._note(Incident(self.seconds, worker, "crashed"))
             server.leave(worker)
+        threading.Thread(target=self._fuse, daemon=True).start()
         self.say(
             f"resumed from {path.name} at {sum(self.steps.values()):,} gradients; lost since then: {lost:,} gradients, "
             f"{max(0.0, seconds - content['seconds']):.1f} s"
@@ -676,7 +710,7 @@ class RunServer:
         """Record how good the model is that would be shipped now; training goes on meanwhile."""
         with self.lock:
             assert self.server is not None
-            x, done = self.server.x(), sum(self.steps.values())
+            x, done = self._kept(self.server.x()), sum(self.steps.values())
             seconds = self.seconds if self.sessions else self.last
         figures = {name: float(value) for name, value in problem.evaluate(x).items()}
         with self.lock:
@@ -699,6 +733,10 @@ class RunServer:
         with self.lock:
             self._note(Incident(self.seconds, session.worker, "diverged"))
         return f"worker {session.worker}, step {step}: {what}; lower the learning rate or lengthen the warm-up"
+
+
+def _copy(value: Any) -> Any:
+    return rebuild(value, [t.clone() for t in leaves(value)])
 
 
 def _loopback(host: str) -> bool:
