@@ -95,7 +95,7 @@ class Cluster:
                 "the trace has no seconds per gradient (column `compute`): record the run again with this version"
             )
         speed = Recorded(tuple(tuple(seconds[worker]) for worker in sorted(seconds)))
-        return cls(workers or len(seconds), speed, network=_network(trace), faults=_faults(trace))
+        return cls(len(seconds) if workers is None else workers, speed, network=_network(trace), faults=_faults(trace))
 
 
 def _network(trace: Trace) -> Network:
@@ -107,6 +107,8 @@ def _network(trace: Trace) -> Network:
         return Network(latency)
     size = sorted(event.sent for event in messages)[len(messages) // 2]
     kind = trace.header.get("messages")
+    if kind == "gossip":  # of which a worker may send several between two gradients
+        size = trace.header.get("message", size)
     hops = 2 * (len({event.worker for event in trace}) - 1) if kind == "reduce" else 1
     passing = min(transits) - hops * latency  # of one that queued behind no other
     if kind == "server":
@@ -129,5 +131,7 @@ def _faults(trace: Trace) -> tuple[Fault, ...]:
         faults.append(Crashes(crashes / (len(trace) + crashes), sum(downtimes) / len(downtimes)))
     lost = sum(incident.what == "lost message" for incident in trace.incidents)
     if lost:
-        faults.append(Loss(lost / sum(event.sent > 0 for event in trace)))
+        size = trace.header.get("message", 0)
+        sent = sum(event.sent / size if size else event.sent > 0 for event in trace)
+        faults.append(Loss(lost / (max(lost, sent) + 1)))  # not all were sent by who lived to have another event
     return tuple(faults)

@@ -10,6 +10,7 @@ from typing import Any
 from ..core.protocol import SERVER
 from ..core.seeds import derive
 from ..core.values import refuse, require
+from .network import span
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Straggler(_Window):
         require(self, "factor", 0 < self.factor < math.inf, "must be finite and above 0")
 
     def check(self, nodes: Collection[int]) -> None:
-        require(self, "worker", self.worker in nodes, f"there is no such worker among the {len(nodes)}")
+        require(self, "worker", self.worker in nodes, f"there is no such worker: workers are {span(nodes)}")
 
     def slowdown(self, worker: int, now: float) -> float:
         return self.factor if worker == self.worker and self.start <= now < self.end else 1.0
@@ -79,7 +80,8 @@ class Straggler(_Window):
 
 @dataclass(frozen=True)
 class Partition(_Window):
-    """The nodes fall into two parts that cannot talk to each other until it heals; what they send waits till then."""
+    """The nodes fall into two parts that cannot talk to each other until it heals: what they send waits till then, and
+    what would arrive meanwhile, though it was sent before."""
 
     nodes: tuple[int, ...] = (0,)
     """One of the parts: workers, or -1 for the server; the other part is everybody else."""
@@ -87,13 +89,15 @@ class Partition(_Window):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "end", self.end < math.inf, "must be finite: a partition heals, or all would wait for ever")
-        require(self, "nodes", len(self.nodes) > 0, "give at least one node")
+        listed = isinstance(self.nodes, tuple) and len(self.nodes) > 0
+        require(self, "nodes", listed, "must be a tuple of at least one node, such as (0, 1)")
 
     def check(self, nodes: Collection[int]) -> None:
         known = {SERVER, *nodes}
         for node in self.nodes:
             if node not in known:
-                refuse(self, "nodes", self.nodes, f"there is no node {node} among the {len(nodes)} workers and -1")
+                known_are = f"workers are {span(nodes)}, the server is -1"
+                refuse(self, "nodes", self.nodes, f"there is no node {node}: {known_are}")
 
     def healed(self, a: int, b: int, now: float) -> float:
         apart = (a in self.nodes) != (b in self.nodes) and self.start <= now < self.end
@@ -136,6 +140,8 @@ class Loss(Fault):
 
 def check(owner: Any, faults: Sequence[Fault], nodes: Collection[int]) -> None:
     """Refuse faults of unknown nodes, and those of one kind that meet: what they come to together is not said."""
+    if not isinstance(faults, tuple | list):
+        refuse(owner, "faults", faults, "must be a tuple of faults such as (Crashes(1 / 200),)")
     for i, fault in enumerate(faults):
         if not isinstance(fault, Fault):
             refuse(owner, "faults", fault, "must be faults such as Crashes(1 / 200) or Straggler(worker=3, factor=4)")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,14 +29,15 @@ class Link:
     """A worker 0, 1, 2, ..., or -1 for the server."""
     other: int | None = None
     """The node at the other end; None: all others, of which a link that names both is an exception."""
-    latency: float = 0.0
-    """Seconds one way, at least 0."""
+    latency: float | None = None
+    """Seconds one way, at least 0; None: the network's."""
     bandwidth: float = math.inf
-    """Bytes per second each way, above 0."""
+    """Bytes per second each way, above 0; the cards at its ends keep theirs."""
 
     def __post_init__(self) -> None:
         require(self, "other", self.other != self.node, "a link joins two nodes; None means all others")
-        require(self, "latency", 0 <= self.latency < math.inf, "must be finite and at least 0 seconds")
+        at_least_0 = self.latency is None or 0 <= self.latency < math.inf
+        require(self, "latency", at_least_0, "must be finite and at least 0 seconds, or None for the network's")
         require(self, "bandwidth", self.bandwidth > 0, "must be above 0 bytes per second; inf costs nothing")
 
 
@@ -70,11 +71,14 @@ class Network:
         require(self, "latency", 0 <= self.latency < math.inf, "must be finite and at least 0 seconds")
         for name in ("bandwidth", "download", "server"):
             value = getattr(self, name)
-            require(self, name, value is None or value > 0, "must be above 0 bytes per second; inf costs nothing")
+            fine = name != "bandwidth" if value is None else value > 0
+            require(self, name, fine, "must be above 0 bytes per second; inf costs nothing")
         require_count(self, "shards")
         require(self, "duplex", self.duplex in ("full", "half"), "must be 'full' or 'half'")
         known = ("float64", "float32", "bfloat16", "float16", None)
         require(self, "dtype", self.dtype in known, f"must be one of {known}")
+        tuple_of_links = isinstance(self.links, tuple) and all(isinstance(link, Link) for link in self.links)
+        require(self, "links", tuple_of_links, "must be a tuple of links such as (Link(0, 1, latency=0.1),)")
         ends = [frozenset((link.node, link.other)) for link in self.links]
         require(self, "links", len(set(ends)) == len(ends), "two of them join the same nodes: leave one out")
 
@@ -84,9 +88,7 @@ class Network:
         for link in self.links:
             for node in (link.node, link.other):
                 if node not in known:
-                    refuse(
-                        self, "links", link, f"there is no node {node}: workers are {_span(known)}, the server is -1"
-                    )
+                    refuse(self, "links", link, f"there is no node {node}: workers are {span(known)}, the server is -1")
 
     def size(self, message: Message, scale: float = 1.0) -> float:
         """How many bytes ``message`` has; ``scale`` is how many numbers each entry of a vector stands for."""
@@ -96,9 +98,15 @@ class Network:
         return sum(self.size(part, scale) for part in message)
 
 
-def _span(nodes: Iterable[int | None]) -> str:
+def span(nodes: Iterable[int | None]) -> str:
+    """The names of the workers among ``nodes``, to be read."""
     workers = sorted(n for n in nodes if n is not None and n >= 0)
     return f"0 to {workers[-1]}" if workers == list(range(len(workers))) else ", ".join(map(str, workers))
+
+
+class _Wire(NamedTuple):
+    latency: float
+    bandwidth: float
 
 
 class Traffic:
@@ -108,8 +116,13 @@ class Traffic:
         """``healed(a, b, now)`` is when the nodes ``a`` and ``b`` can next talk: ``now`` unless something parts them."""
         self.network, self.clock, self.healed = network, clock, healed
         self.busy: dict[Any, float] = {}  # until when a card or a link serves what has come to it
-        self.links = {frozenset((link.node, link.other)): link for link in network.links}
-        self.rule = Link(SERVER, None, network.latency, math.inf)
+        self.rule = _Wire(network.latency, math.inf)
+        self.wires = {
+            frozenset((link.node, link.other)): _Wire(
+                network.latency if link.latency is None else link.latency, link.bandwidth
+            )
+            for link in network.links
+        }
         self.free = network == Network(shards=network.shards, duplex=network.duplex, dtype=network.dtype)
 
     def send(self, source: int, to: int, size: float, act: Callable[..., None], *args: Any) -> None:
@@ -127,12 +140,16 @@ class Traffic:
             first, last = self._through((source, to), link.bandwidth, size, first, last)
         first, last = first + link.latency, last + link.latency
         if first > self.clock.now:
-            self.clock.at(first, 1, self._arrive, to, size, last, act, args)
+            self.clock.at(first, 1, self._arrive, source, to, size, last, act, args)
         else:
-            self._arrive(to, size, last, act, args)
+            self._arrive(source, to, size, last, act, args)
 
-    def _arrive(self, to: int, size: float, last: float, act: Callable[..., None], args: tuple[Any, ...]) -> None:
+    def _arrive(
+        self, source: int, to: int, size: float, last: float, act: Callable[..., None], args: tuple[Any, ...]
+    ) -> None:
+        """The first byte has come to the receiver's card, and the last one will at ``last``, when all is well."""
         _, last = self._through(*self._card(to, "in"), size, self.clock.now, last)
+        last = self.healed(source, to, last)
         if last > self.clock.now:
             self.clock.at(last, 1, act, *args)
         else:
@@ -152,15 +169,21 @@ class Traffic:
             return place, network.shards * (network.bandwidth if network.server is None else network.server)
         return place, network.bandwidth if way == "out" or network.download is None else network.download
 
-    def _wire(self, a: int, b: int) -> Link:
+    def _wire(self, a: int, b: int) -> _Wire:
         """What is between two nodes: the link that names both, else the worst of those that name one, else the rule."""
-        if not self.links:
+        if not self.wires:
             return self.rule
-        both = self.links.get(frozenset((a, b)))
-        ends = [both] if both else [link for node in (a, b) if (link := self.links.get(frozenset((node, None))))]
+        both = self.wires.get(frozenset((a, b)))
+        ends = [both] if both else [wire for node in (a, b) if (wire := self.wires.get(frozenset((node, None))))]
         if len(ends) < 2:
             return ends[0] if ends else self.rule
-        return Link(a, b, max(link.latency for link in ends), min(link.bandwidth for link in ends))
+        return _Wire(max(wire.latency for wire in ends), min(wire.bandwidth for wire in ends))
+
+    def _whole(self, ring: Sequence[tuple[int, int]], now: float) -> float:
+        """When all on the ring can next talk to the one after them."""
+        while (then := max(self.healed(a, b, now) for a, b in ring)) > now:
+            now = then
+        return now
 
     def ping(self) -> float:
         """Seconds one way of an empty message, between nodes that no exception names."""
@@ -184,8 +207,7 @@ class Traffic:
         slowest = max(slowest, *(1 / wire.bandwidth for wire in wires))
         places = [place for card in cards for place, _ in card]
         begin = max(now, *(self.busy.get(place, 0.0) for place in places))
-        while (then := max(self.healed(a, b, begin) for a, b in ring)) > begin:
-            begin = then
-        end: float = begin + 2 * (n - 1) * (size / n * slowest + max(wire.latency for wire in wires))
+        seconds = 2 * (n - 1) * (size / n * slowest + max(wire.latency for wire in wires))
+        end = self._whole(ring, self._whole(ring, begin) + seconds)
         self.busy.update(dict.fromkeys(places, end))
         return end

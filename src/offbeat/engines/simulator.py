@@ -250,6 +250,8 @@ class Simulation:
         size = self.cluster.network.size(message, self.scale)
         if worker := self.workers.get(source):
             worker.sent += size
+            if size:
+                self.trace.header.setdefault("message", size)
         self.traffic.send(source, to, size, act, *args)
 
     def _healed(self, a: int, b: int, now: float) -> float:
@@ -436,7 +438,7 @@ class Simulation:
         to = self.workers.get(request.to)
         if to is None or (request.round is not None and request.round < to.node.since):
             return False  # dead, or not the one who would have taken it
-        lost = any(loses(self.seed, worker.node.id, request.to, worker.steps) for loses in self.losses)
+        lost = any(loses(self.seed, worker.node.id, request.to, worker.steps - 1) for loses in self.losses)
         letter = _Letter(worker, to, request.round, request.msg, lost, self.clock.now)
         to.coming.append(letter)
         self._transfer(worker.node.id, request.to, request.msg, self._deliver, letter)
