@@ -58,17 +58,8 @@ SHADES100: tuple[Numbers, Numbers] = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 
 
 
 @dataclass(frozen=True)
-class Cifar10(Recipe):
-    """CIFAR-10, ten classes of small colour images, with a residual net. Cross-entropy loss; evaluates the accuracy.
-
-    Models (`offbeat.tasks.resnet`): ``resnet20``, He et al., arXiv:1512.03385, 269,722 parameters; ``resnet18``, the
-    wider net of SlowMo's experiments, arXiv:1910.00643, 11,173,962; ``wrn-16-4``, Zagoruyko and Komodakis,
-    arXiv:1605.07146, 2,748,890. Weight decay is the method's, not the problem's.
-
-    Looks for the official python version in ``cifar-10-batches-py/`` of the data folder (see `offbeat.tasks.data`) and
-    reads its pickles without running anything in them. The first use raises `DataMissing` or `DataCorrupt`, or warns
-    `DataDiffers`. Raises ``ValueError`` for bad fields.
-    """
+class Cifar(Recipe):
+    """What `Cifar10` and `Cifar100` have in common."""
 
     model: Model = "resnet20"
     """The net: resnet20, resnet18 or wrn-16-4."""
@@ -84,7 +75,26 @@ class Cifar10(Recipe):
     """Floating-point type of the parameters: float32 or float64."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        require(self, "model", self.model in MODELS, f"choose one of {', '.join(MODELS)}")
+        require(self, "batch", isinstance(self.batch, int) and 1 <= self.batch <= TRAIN, f"choose 1 to {TRAIN}")
+        require_count(self, "eval_images")
+        require(self, "augment", isinstance(self.augment, bool), "choose True or False")
+        require(self, "seed", isinstance(self.seed, int), "choose an integer")
+        require(self, "dtype", self.dtype in ("float32", "float64"), "choose float32 or float64")
+
+
+@dataclass(frozen=True)
+class Cifar10(Cifar):
+    """CIFAR-10, ten classes of small colour images, with a residual net. Cross-entropy loss; evaluates the accuracy.
+
+    Models (`offbeat.tasks.resnet`): ``resnet20``, He et al., arXiv:1512.03385, 269,722 parameters; ``resnet18``, the
+    wider net of SlowMo's experiments, arXiv:1910.00643, 11,173,962; ``wrn-16-4``, Zagoruyko and Komodakis,
+    arXiv:1605.07146, 2,748,890. Weight decay is the method's, not the problem's.
+
+    Looks for the official python version in ``cifar-10-batches-py/`` of the data folder (see `offbeat.tasks.data`) and
+    reads its pickles without running anything in them. The first use raises `DataMissing` or `DataCorrupt`, or warns
+    `DataDiffers`. Raises ``ValueError`` for bad fields.
+    """
 
     @classmethod
     def data(cls) -> Where:
@@ -97,29 +107,13 @@ class Cifar10(Recipe):
 
 
 @dataclass(frozen=True)
-class Cifar100(Recipe):
+class Cifar100(Cifar):
     """CIFAR-100, a hundred (fine) classes of small colour images, with a residual net; else like `Cifar10`.
 
     ``resnet20`` has 275,572 parameters, ``resnet18`` 11,220,132, ``wrn-16-4`` 2,772,020. Looks for the official python
     version in ``cifar-100-python/`` of the data folder (see `offbeat.tasks.data`). The first use raises `DataMissing`
     or `DataCorrupt`, or warns `DataDiffers`. Raises ``ValueError`` for bad fields.
     """
-
-    model: Model = "resnet20"
-    """The net: resnet20, resnet18 or wrn-16-4."""
-    batch: int = 128
-    """Images per minibatch, 1 to 50,000."""
-    augment: bool = True
-    """Train on random crops of the images padded by 4 black pixels, mirrored half of the time: True or False."""
-    eval_images: int = 10_000
-    """Images of the test set that an evaluation takes, the first of it, at least 1 (all, if there are fewer)."""
-    seed: int = 0
-    """Any integer: initial weights, order of the images and augmentation follow from it."""
-    dtype: Dtype = "float32"
-    """Floating-point type of the parameters: float32 or float64."""
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     @classmethod
     def data(cls) -> Where:
@@ -262,16 +256,7 @@ def _array(file: File, value: Any) -> Tensor:
     return flat.view(*reversed(shape)).t().contiguous() if fortran and len(shape) == 2 else flat.view(*shape)
 
 
-def _check(task: Cifar10 | Cifar100) -> None:
-    require(task, "model", task.model in MODELS, f"choose one of {', '.join(MODELS)}")
-    require(task, "batch", isinstance(task.batch, int) and 1 <= task.batch <= TRAIN, f"choose 1 to {TRAIN}")
-    require_count(task, "eval_images")
-    require(task, "augment", isinstance(task.augment, bool), "choose True or False")
-    require(task, "seed", isinstance(task.seed, int), "choose an integer")
-    require(task, "dtype", task.dtype in ("float32", "float64"), "choose float32 or float64")
-
-
-def _build(task: Cifar10 | Cifar100, data: Loaded, classes: int, shades: Sequence[Numbers]) -> Supervised:
+def _build(task: Cifar, data: Loaded, classes: int, shades: Sequence[Numbers]) -> Supervised:
     return Supervised(
         model=partial(_net, task.model, classes, *shades),
         loss=F.cross_entropy,

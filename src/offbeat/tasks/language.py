@@ -56,22 +56,13 @@ END, UNKNOWN = "<eos>", "<unk>"
 
 
 @dataclass(frozen=True)
-class WikiText2(Recipe):
-    """WikiText-2, two million words of Wikipedia, with a small decoder-only transformer that predicts the next word.
-
-    The vocabulary is that of the training text, 33,278 words with ``<eos>`` after each line; 2,088,628 tokens of
-    training and 245,569 of test text. The model is `offbeat.tasks.transformer.LanguageModel`, with weights tied; by
-    default it has 4,660,480 parameters. Cross-entropy loss; evaluates ``loss`` in nats per word and ``perplexity``, its
-    exponential. The validation text is not used.
-
-    Looks for the official files in ``wikitext-2/`` of the data folder (see `offbeat.tasks.data`); the first use raises
-    `DataMissing` or `DataCorrupt`, or warns `DataDiffers`. Raises ``ValueError`` for bad fields.
-    """
+class LanguageTask(Recipe):
+    """What the tasks of this file have in common; the defaults are those of `WikiText2`."""
 
     batch: int = 16
-    """Windows per minibatch, from 1 to those of the training text (65,269 with the default context)."""
+    """Windows per minibatch, from 1 to those of the training text."""
     context: int = 32
-    """Words per window, at least 1."""
+    """Tokens (words or characters) per window, at least 1."""
     dim: int = 128
     """Width of the transformer, a multiple of ``heads``."""
     layers: int = 2
@@ -88,7 +79,26 @@ class WikiText2(Recipe):
     """Floating-point type of the parameters: float32 or float64."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        for name in ("batch", "context", "dim", "layers", "heads", "eval_windows"):
+            require_count(self, name)
+        require(self, "dim", self.dim % self.heads == 0, f"choose a multiple of heads = {self.heads}")
+        require(self, "dropout", 0 <= self.dropout < 1, "choose 0 or more, less than 1")
+        require(self, "seed", isinstance(self.seed, int), "choose an integer")
+        require(self, "dtype", self.dtype in ("float32", "float64"), "choose float32 or float64")
+
+
+@dataclass(frozen=True)
+class WikiText2(LanguageTask):
+    """WikiText-2, two million words of Wikipedia, with a small decoder-only transformer that predicts the next word.
+
+    The vocabulary is that of the training text, 33,278 words with ``<eos>`` after each line; 2,088,628 tokens of
+    training (65,269 windows by default) and 245,569 of test text. The model is
+    `offbeat.tasks.transformer.LanguageModel`, with weights tied; by default it has 4,660,480 parameters. Cross-entropy
+    loss; evaluates ``loss`` in nats per word and ``perplexity``, its exponential. The validation text is not used.
+
+    Looks for the official files in ``wikitext-2/`` of the data folder (see `offbeat.tasks.data`); the first use raises
+    `DataMissing` or `DataCorrupt`, or warns `DataDiffers`. Raises ``ValueError`` for bad fields.
+    """
 
     @classmethod
     def data(cls) -> Where:
@@ -101,7 +111,7 @@ class WikiText2(Recipe):
 
 
 @dataclass(frozen=True)
-class WikiText103(Recipe):
+class WikiText103(LanguageTask):
     """WikiText-103, a hundred million words of Wikipedia, with a decoder-only transformer; else like `WikiText2`.
 
     Its vocabulary has 267,735 words, and a gradient computes a score for each of them: plan for memory of about
@@ -113,26 +123,10 @@ class WikiText103(Recipe):
     """
 
     batch: int = 8
-    """Windows per minibatch, from 1 to those of the training text."""
     context: int = 64
-    """Words per window, at least 1."""
     dim: int = 256
-    """Width of the transformer, a multiple of ``heads``."""
     layers: int = 6
-    """Its blocks, at least 1."""
     heads: int = 8
-    """Attention heads per block, at least 1."""
-    dropout: float = 0.1
-    """Probability of dropout, from 0 to below 1."""
-    eval_windows: int = 500
-    """Windows of the test text that an evaluation takes, evenly spread, at least 1 (all, if there are fewer)."""
-    seed: int = 0
-    """Any integer: initial weights, order of the windows and dropout follow from it."""
-    dtype: Dtype = "float32"
-    """Floating-point type of the parameters: float32 or float64."""
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     @classmethod
     def data(cls) -> Where:
@@ -145,38 +139,21 @@ class WikiText103(Recipe):
 
 
 @dataclass(frozen=True)
-class TinyShakespeare(Recipe):
+class TinyShakespeare(LanguageTask):
     """Tiny Shakespeare, a million characters of plays, with a small transformer that predicts the next character.
 
-    65 distinct characters; the first nine tenths (1,003,854) are for training, the rest (111,540) for the test. The
-    model is `offbeat.tasks.transformer.LanguageModel`; by default it has 809,856 parameters. Cross-entropy loss;
-    evaluates ``loss`` in nats per character and ``bits``, the same in bits per character.
+    65 distinct characters; the first nine tenths (1,003,854, 15,685 windows by default) are for training, the rest
+    (111,540) for the test. The model is `offbeat.tasks.transformer.LanguageModel`; by default it has 809,856
+    parameters. Cross-entropy loss; evaluates ``loss`` in nats per character and ``bits``, the same in bits per character.
 
     Looks for the official file in ``tinyshakespeare/`` of the data folder (see `offbeat.tasks.data`); the first use
     raises `DataMissing` or `DataCorrupt`, or warns `DataDiffers`. Raises ``ValueError`` for bad fields.
     """
 
     batch: int = 32
-    """Windows per minibatch, from 1 to those of the training text (15,685 with the default context)."""
     context: int = 64
-    """Characters per window, at least 1."""
-    dim: int = 128
-    """Width of the transformer, a multiple of ``heads``."""
     layers: int = 4
-    """Its blocks, at least 1."""
-    heads: int = 4
-    """Attention heads per block, at least 1."""
     dropout: float = 0.0
-    """Probability of dropout, from 0 to below 1."""
-    eval_windows: int = 500
-    """Windows of the test text that an evaluation takes, evenly spread, at least 1 (all, if there are fewer)."""
-    seed: int = 0
-    """Any integer: initial weights, order of the windows and dropout follow from it."""
-    dtype: Dtype = "float32"
-    """Floating-point type of the parameters: float32 or float64."""
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     @classmethod
     def data(cls) -> Where:
@@ -186,9 +163,6 @@ class TinyShakespeare(Recipe):
     def build(self) -> Supervised:
         """The problem with the text of the data folder as it is now."""
         return _build(self, characters(folder()))
-
-
-LanguageTask = WikiText2 | WikiText103 | TinyShakespeare
 
 
 class Corpus(NamedTuple):
@@ -267,15 +241,6 @@ def _numbers(parts: Iterable[Iterable[int]]) -> Tensor:
     for part in parts:
         tokens.extend(part)
     return torch.frombuffer(tokens, dtype=torch.int32)
-
-
-def _check(task: LanguageTask) -> None:
-    for name in ("batch", "context", "dim", "layers", "heads", "eval_windows"):
-        require_count(task, name)
-    require(task, "dim", task.dim % task.heads == 0, f"choose a multiple of heads = {task.heads}")
-    require(task, "dropout", 0 <= task.dropout < 1, "choose 0 or more, less than 1")
-    require(task, "seed", isinstance(task.seed, int), "choose an integer")
-    require(task, "dtype", task.dtype in ("float32", "float64"), "choose float32 or float64")
 
 
 def _build(task: LanguageTask, corpus: Corpus) -> Supervised:

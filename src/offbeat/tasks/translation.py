@@ -60,25 +60,13 @@ MARKS = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 @dataclass(frozen=True)
-class Multi30k(Recipe):
-    """Multi30k, 29,000 image descriptions in English and German, with a small transformer that translates them.
-
-    Words and punctuation are tokens, case is kept, and each language has the words that its training text has at least
-    ``min_count`` times (6,278 English and 8,018 German by default, with four marks). The model is
-    `offbeat.tasks.transformer.Translator`; by default it has 2,766,592 parameters. Trains on sentences of up to
-    ``longest`` tokens (by default all but 3). Evaluates on the 2016 Flickr test set (1,000 sentences): ``loss`` in nats
-    per token, and ``bleu``, 0 to 100, as sacrebleu computes it by default (13a, mixed case), of the first
-    ``eval_sentences``, translated greedily and never into unknown words.
-
-    Looks for the official raw text in ``multi30k/`` of the data folder (see `offbeat.tasks.data`); the first use raises
-    `DataMissing` or `DataCorrupt`, or warns `DataDiffers`. An evaluation raises ``ImportError`` where sacrebleu is
-    missing. Raises ``ValueError`` for bad fields.
-    """
+class TranslationTask(Recipe):
+    """What the tasks of this file have in common; the defaults are those of `Multi30k`."""
 
     batch: int = 64
-    """Sentence pairs per minibatch, from 1 to those of the training set (29,000)."""
+    """Sentence pairs per minibatch, from 1 to those of the training set."""
     min_count: int = 2
-    """How often the training text must have a word for it to be in the vocabulary, at least 1."""
+    """How often the training text must have a token for it to be in the vocabulary, at least 1."""
     longest: int = 40
     """Tokens of the longest sentence, at least 1: longer ones are left out of training and cut in the test set."""
     dim: int = 128
@@ -97,7 +85,30 @@ class Multi30k(Recipe):
     """Floating-point type of the parameters: float32 or float64."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        for name in ("batch", "min_count", "longest", "dim", "layers", "heads"):
+            require_count(self, name)
+        require_count(self, "eval_sentences", 0)
+        require(self, "dim", self.dim % self.heads == 0, f"choose a multiple of heads = {self.heads}")
+        require(self, "dropout", 0 <= self.dropout < 1, "choose 0 or more, less than 1")
+        require(self, "seed", isinstance(self.seed, int), "choose an integer")
+        require(self, "dtype", self.dtype in ("float32", "float64"), "choose float32 or float64")
+
+
+@dataclass(frozen=True)
+class Multi30k(TranslationTask):
+    """Multi30k, 29,000 image descriptions in English and German, with a small transformer that translates them.
+
+    Words and punctuation are tokens, case is kept, and each language has the words that its training text has at least
+    ``min_count`` times (6,278 English and 8,018 German by default, with four marks). The model is
+    `offbeat.tasks.transformer.Translator`; by default it has 2,766,592 parameters. Trains on sentences of up to
+    ``longest`` tokens (by default all but 3). Evaluates on the 2016 Flickr test set (1,000 sentences): ``loss`` in nats
+    per token, and ``bleu``, 0 to 100, as sacrebleu computes it by default (13a, mixed case), of the first
+    ``eval_sentences``, translated greedily and never into unknown words.
+
+    Looks for the official raw text in ``multi30k/`` of the data folder (see `offbeat.tasks.data`); the first use raises
+    `DataMissing` or `DataCorrupt`, or warns `DataDiffers`. An evaluation raises ``ImportError`` where sacrebleu is
+    missing. Raises ``ValueError`` for bad fields.
+    """
 
     @classmethod
     def data(cls) -> Where:
@@ -110,7 +121,7 @@ class Multi30k(Recipe):
 
 
 @dataclass(frozen=True)
-class Wmt16EnDe(Recipe):
+class Wmt16EnDe(TranslationTask):
     """WMT'16 English-German, 4.5 million sentence pairs, with a transformer; the translation task of SlowMo's paper.
 
     Reads the prepared files of fairseq's "Scaling Neural Machine Translation" (Ott et al., arXiv:1806.00187):
@@ -126,28 +137,11 @@ class Wmt16EnDe(Recipe):
     """
 
     batch: int = 128
-    """Sentence pairs per minibatch, from 1 to those of the training set."""
     min_count: int = 1
-    """How often the training text must have a unit for it to be in the vocabulary, at least 1."""
     longest: int = 100
-    """Units of the longest sentence, at least 1: longer ones are left out of training and cut in the test set."""
     dim: int = 512
-    """Width of the transformer, a multiple of ``heads``."""
     layers: int = 6
-    """Blocks of the encoder and of the decoder, at least 1."""
     heads: int = 8
-    """Attention heads per block, at least 1."""
-    dropout: float = 0.1
-    """Probability of dropout, from 0 to below 1."""
-    eval_sentences: int = 200
-    """Test sentences that an evaluation translates for BLEU, the first of the set; 0 leaves BLEU out."""
-    seed: int = 0
-    """Any integer: initial weights, order of the sentences and dropout follow from it."""
-    dtype: Dtype = "float32"
-    """Floating-point type of the parameters: float32 or float64."""
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     @classmethod
     def data(cls) -> Where:
@@ -157,9 +151,6 @@ class Wmt16EnDe(Recipe):
     def build(self) -> Supervised:
         """The problem with the text of the data folder as it is now."""
         return _build(self, load("wmt16", folder(), self.min_count, self.longest))
-
-
-TranslationTask = Multi30k | Wmt16EnDe
 
 
 class Corpus(NamedTuple):
@@ -312,16 +303,6 @@ def _nats(scores: Tensor, targets: Tensor) -> Tensor:
 def _lines(file: File) -> list[str]:
     lines = file.text().split("\n")
     return lines if lines[-1] else lines[:-1]
-
-
-def _check(task: TranslationTask) -> None:
-    for name in ("batch", "min_count", "longest", "dim", "layers", "heads"):
-        require_count(task, name)
-    require_count(task, "eval_sentences", 0)
-    require(task, "dim", task.dim % task.heads == 0, f"choose a multiple of heads = {task.heads}")
-    require(task, "dropout", 0 <= task.dropout < 1, "choose 0 or more, less than 1")
-    require(task, "seed", isinstance(task.seed, int), "choose an integer")
-    require(task, "dtype", task.dtype in ("float32", "float64"), "choose float32 or float64")
 
 
 def _build(task: TranslationTask, corpus: Corpus) -> Supervised:
