@@ -33,7 +33,7 @@ LR, MOMENTUM = 0.05, 0.9
 OURS, THEIRS = "dana-zero", "DistributedDataParallel"
 
 
-def asynchronous(task: ob.Problem, name: str, gradients: int, seconds: float, out: Path) -> ob.Trace:
+def asynchronous(name: str, gradients: int, seconds: float, slow: float, out: Path) -> ob.Trace:
     """`offbeat launch`, as a user would type it."""
     command = [sys.executable, "-m", "offbeat", "launch", "--task", name, "--method", OURS, "--lr", str(LR)]
     command += [
@@ -46,18 +46,18 @@ def asynchronous(task: ob.Problem, name: str, gradients: int, seconds: float, ou
         "--gradients",
         str(gradients),
     ]
-    command += ["--speed", f"Fixed({seconds})", "--faults", f"Straggler(0, {SLOW})", "--out", str(out)]
+    command += ["--speed", f"Fixed({seconds})", "--faults", f"Straggler(0, {slow})", "--out", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return ob.Trace.read(out / "trace.jsonl")
 
 
-def synchronous(task: ob.Problem, gradients: int, seconds: float, out: Path) -> ob.Trace:
+def synchronous(task: ob.Problem, gradients: int, seconds: float, slow: float, out: Path) -> ob.Trace:
     """The same under DistributedDataParallel, one process for each worker."""
     out.mkdir(parents=True, exist_ok=True)
     store = out / "store"
     store.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--rank-of", repr(task), "--gradients", str(gradients)]
-    command += ["--seconds", str(seconds), "--out", str(out)]
+    command += ["--seconds", str(seconds), "--slow", str(slow), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [subprocess.Popen([*command, "--rank", str(i)], env=environment) for i in range(WORKERS)]
     try:
@@ -77,7 +77,7 @@ def synchronous(task: ob.Problem, gradients: int, seconds: float, out: Path) -> 
     return trace
 
 
-def rank(task: ob.Problem, me: int, gradients: int, seconds: float, out: Path) -> None:
+def rank(task: ob.Problem, me: int, gradients: int, seconds: float, slow: float, out: Path) -> None:
     """One process of DistributedDataParallel. The sleep comes before the backward pass, which waits for the others and
     takes about twice as long as the forward pass."""
     dist.init_process_group("gloo", init_method=f"file://{(out / 'store').resolve()}", rank=me, world_size=WORKERS)
@@ -88,7 +88,7 @@ def rank(task: ob.Problem, me: int, gradients: int, seconds: float, out: Path) -
     optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True)
     steps = gradients // WORKERS
     rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / max(1, round(0.05 * steps))))
-    seconds *= SLOW if me == 0 else 1.0
+    seconds *= slow if me == 0 else 1.0
     moments, points = [], []
     dist.barrier()
     began = time.monotonic()
@@ -125,21 +125,24 @@ def main() -> None:
     parser.add_argument("--task", choices=["digits", "mnist"], help="default: mnist where its files are found")
     parser.add_argument("--gradients", type=int, default=2000, help="of each run, all workers together")
     parser.add_argument("--seconds", type=float, help="what a gradient takes at least")
+    parser.add_argument("--slow", type=float, default=SLOW, help="how many times slower worker 0 is")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of:
-        rank(read(args.rank_of), args.rank, args.gradients, args.seconds, args.out)
+        rank(read(args.rank_of), args.rank, args.gradients, args.seconds, args.slow, args.out)
         return
     found = ob.tasks.Mnist.data().present
     name = args.task or ("mnist" if found else "digits")
     task = ob.tasks.TASKS[name]()
     seconds = args.seconds or (0.05 if name == "mnist" else 0.02)
     gradients = args.gradients // WORKERS * WORKERS
-    print(f"{name}, {gradients:,} gradients, {WORKERS} processes, one {SLOW:g} times slower: {OURS}, then {THEIRS}")
+    print(
+        f"{name}, {gradients:,} gradients, {WORKERS} processes, one {args.slow:g} times slower: {OURS}, then {THEIRS}"
+    )
     cells = [
-        cell(OURS, asynchronous(task, name, gradients, seconds, args.out / OURS)),
-        cell(THEIRS, synchronous(task, gradients, seconds, args.out / THEIRS)),
+        cell(OURS, asynchronous(name, gradients, seconds, args.slow, args.out / OURS)),
+        cell(THEIRS, synchronous(task, gradients, seconds, args.slow, args.out / THEIRS)),
     ]
     header = {
         "engine": "runtime",
@@ -149,7 +152,7 @@ def main() -> None:
         "seeds": [0],
         "gradients": gradients,
         "warmup": 0.05,
-        "speed": f"at least {seconds:g} s, {SLOW:g} times as long at worker 0",
+        "speed": f"at least {seconds:g} s, {args.slow:g} times as long at worker 0",
         "network": "this machine",
         "faults": "()",
         "alone": {"0": 1 / seconds},
@@ -159,7 +162,7 @@ def main() -> None:
     }
     comparison = Comparison({**header, "command": " ".join(["python", *sys.argv])}, cells)
     comparison.write(args.out)
-    table = Table(title=f"{name}, {gradients:,} gradients, {WORKERS} processes, one {SLOW:g} times slower")
+    table = Table(title=f"{name}, {gradients:,} gradients, {WORKERS} processes, one {args.slow:g} times slower")
     for column in ("", "accuracy", "gradients per second", "seconds", "gradients of each worker"):
         table.add_column(column, justify="right" if column else "left")
     for c in cells:

@@ -54,6 +54,8 @@ class Link:
     """
 
     transport = "tcp"
+    ahead = False
+    """Whether a payload is put before its header is sent, as one that waits in memory may be."""
 
     def __init__(self, sock: socket.socket, name: str, timeout: float) -> None:
         self.sock, self.name, self.timeout = sock, name, timeout
@@ -94,8 +96,10 @@ class Link:
         if payload is not None:
             header = header._replace(length=payload.numel(), checksum=checksum(payload))
         with self.sending:
+            if payload is not None and self.ahead:
+                self.put(payload)
             self._write(header.pack() + text)
-            if payload is not None:
+            if payload is not None and not self.ahead:
                 self.put(payload)
         self.sent_bytes += header.length
 
@@ -180,6 +184,7 @@ class SharedLink(Link):
     """
 
     transport = "shared"
+    ahead = True
 
     def __init__(self, sock: socket.socket, name: str, timeout: float, sizes: tuple[int, int], path: str = "") -> None:
         """``sizes`` are the bytes that this end puts and takes at most; ``path`` the file, where the other end made it."""
@@ -211,10 +216,8 @@ class SharedLink(Link):
 
     def put(self, data: Tensor) -> None:
         self.put_at[: data.numel()].copy_(data)
-        self._write(b"\0")
 
     def take(self, length: int) -> Tensor:
-        self._read(1, "a payload")
         return self.take_at[:length].clone()
 
     def close(self) -> None:
