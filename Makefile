@@ -12,7 +12,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/offbeat compare --out runs/demo
+	$(BIN)/python examples/demo.py --out runs/demo
 
 test: install
 	$(BIN)/python -m pytest
