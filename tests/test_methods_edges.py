@@ -54,7 +54,6 @@ from offbeat.methods import (
     DanaZero,
     DiLoCo,
     GoSGD,
-    LocalSGD,
     SlowMo,
     SlowMoNoAverage,
 )
@@ -515,10 +514,11 @@ def test_diloco_diverges_with_a_name_where_the_outer_step_is_too_long(problem: A
     assert list(trace) == seen
 
 
-@pytest.mark.parametrize("method", [DiLoCo(HEAVY, period=8), LocalSGD(HEAVY, period=8)], ids=["default", "local SGD"])
-def test_diloco_converges_where_the_outer_step_is_as_long_as_the_peers_moved(method: Any) -> None:
-    assert ob.simulate(method, Product(), ob.Cluster(N, UNEVEN), gradients=1200).figures["loss"] < 1e-6
-    bowl = ob.simulate(replace(method, period=2), Quadratic(dtype="float32"), ob.Cluster(N, UNEVEN), gradients=1200)
+def test_diloco_converges_where_the_outer_step_is_as_long_as_the_peers_moved() -> None:
+    """Where the published one diverges, the default does not."""
+    product = ob.simulate(DiLoCo(HEAVY, period=8), Product(), ob.Cluster(N, UNEVEN), gradients=1200)
+    assert product.figures["loss"] < 1e-6
+    bowl = ob.simulate(DiLoCo(HEAVY, period=2), Quadratic(dtype="float32"), ob.Cluster(N, UNEVEN), gradients=1200)
     assert bowl.figures["distance"] < 0.2
 
 
@@ -537,7 +537,6 @@ def test_on_digits_the_published_outer_step_is_far_behind_with_inner_momentum_on
     heavy, plain = DiLoCo(HEAVY, period=8), DiLoCo(PLAIN, period=8)
     assert four(heavy, 0)["loss"] < 0.1
     assert four(replace(heavy, **PUBLISHED), 0)["loss"] > 1
-    assert four(plain, 0)["loss"] < 0.15
     assert four(replace(plain, **PUBLISHED), 0)["loss"] < 0.15
 
 
