@@ -12,7 +12,7 @@ import argparse
 import json
 import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -34,18 +34,18 @@ PAPER = {
 TAIL = 885  # the paper's plots end with steps 885 to 940 of each worker
 
 
-def cell(name: str, workers: int, seed: int) -> dict[str, object]:
+def cell(name: str, workers: int, seed: int, steps: int) -> dict[str, object]:
     """One run: the loss over worker steps in bins of 20, and the mean from step 885 on."""
     torch.set_num_threads(1)
     try:
-        run = ob.simulate(METHODS[name], Mnist(seed=seed), ob.Cluster(workers), gradients=workers * STEPS, seed=seed)
+        run = ob.simulate(METHODS[name], Mnist(seed=seed), ob.Cluster(workers), gradients=workers * steps, seed=seed)
         trace, accuracy, failure = run.trace, run.figures["accuracy"], ""
     except ob.Diverged as diverged:
         trace, accuracy, failure = diverged.trace, float("nan"), str(diverged)
     step, loss = trace.column("step"), trace.column("loss")
-    bins = [float(loss[(step >= b) & (step < b + 20)].mean()) for b in range(0, STEPS, 20)]
-    final = float(loss[step >= TAIL].mean())
-    clamped = float(trace.column("clamped")[step >= 100].mean()) if "clamped" in trace.columns else None
+    bins = [float(loss[(step >= b) & (step < b + 20)].mean()) for b in range(0, steps, 20)]
+    final = float(loss[step >= min(TAIL, steps - 1)].mean())
+    clamped = float(trace.column("clamped")[step >= min(100, steps - 1)].mean()) if "clamped" in trace.columns else None
     return {
         "method": name,
         "workers": workers,
@@ -123,23 +123,30 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/gem_mnist"), help="folder for results.json and the picture"
     )
+    parser.add_argument("--steps", type=int, default=STEPS, help="gradients of each worker; the default is one epoch")
+    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, choices=WORKERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each cell per seed")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count(), help="processes")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     Mnist().x0()  # a missing or corrupt data file is told now
-    grid = [(name, n, seed) for n in sorted(WORKERS, reverse=True) for name in METHODS for seed in args.seeds]
+    grid = [
+        (name, n, seed, args.steps)
+        for n in sorted(args.workers, reverse=True)
+        for name in METHODS
+        for seed in args.seeds
+    ]
     cells: list[dict[str, object]] = []
     console = Console()
-    with (
-        ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
-        Progress(console=console) as bar,
-    ):
-        task = bar.add_task("gradients", total=sum(n * STEPS for _, n, _ in grid))
+    pool: Executor = ThreadPoolExecutor(1)
+    if args.jobs > 1:
+        pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+    with pool, Progress(console=console) as bar:
+        task = bar.add_task("gradients", total=sum(n * args.steps for _, n, *_ in grid))
         for future in as_completed(pool.submit(cell, *key) for key in grid):
             done = future.result()
             cells.append(done)
-            bar.advance(task, int(str(done["workers"])) * STEPS)
+            bar.advance(task, int(str(done["workers"])) * args.steps)
             console.print(f"{done['method']}, {done['workers']} workers: {done['final']:.4f} {done['failure']}")
     (args.out / "results.json").write_text(json.dumps({"command": " ".join(sys.argv), "cells": cells}, indent=1))
     picture(cells, args.out / "gem_mnist.png")
