@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod
+from ..core.members import Views
 from ..core.method import Message, Method, ServerMethod
 from ..core.periodic import PeriodicMethod
 from ..core.protocol import SERVER, Node, Server
-from ..core.topology import Members
 
 
 class Travel:
@@ -133,27 +133,19 @@ class Peers(Ensemble):
         self.rounds = not isinstance(method, PushGossipMethod | PairGossipMethod)
         self.nodes: dict[int, Node] = {}
         self.waiting: list[tuple[int, Node]] = []  # newcomers, and the round that each waits for
-        self.views: list[tuple[int, Members]] = []  # who is in from which round on
-        self.asked = -1  # the latest round whose members anybody knows
+        self.views = Views(self.rounds)
         self.last: Node | None = None  # the last to go, when nobody was left
         self.revived: list[Node] = []  # newcomers that took over then
         self.models: dict[int, Tensor] = {}
         self.total = torch.zeros_like(x0, dtype=torch.float64)
         self.squares = 0.0
 
-    def view(self, step: int) -> Members:
-        """Who takes part in round ``step``."""
-        if not self.rounds:
-            return self.views[-1][1]
-        self.asked = max(self.asked, step)
-        return next(members for start, members in reversed(self.views) if start <= step)
-
     def x(self) -> Tensor:
         nodes = self.nodes.values() or [n for n in (self.last,) if n]
         return torch.stack([self.method.params(node.state) for node in nodes]).mean(0)
 
     def begin(self, nodes: list[Node]) -> None:
-        self.views = [(0, tuple(node.id for node in nodes))]
+        self.views = Views(self.rounds, tuple(node.id for node in nodes))
         for node in nodes:
             self._seat(node, self.method.init(self.x0), 0)
 
@@ -163,14 +155,14 @@ class Peers(Ensemble):
             return node.id
         if not self.rounds:
             donor = min(self.nodes.values(), key=lambda n: n.id)
-            self._change(0, {node.id}, set())
+            self.views.change(0, {node.id}, set())
             self._join(node, donor)
             return donor.id
         begun = max(n.step for n in self.nodes.values()) + 1
-        start = max(self.asked + 1, begun)
+        start = max(self.views.asked + 1, begun)
         if isinstance(self.method, PeriodicMethod):
             start = self.method.boundary(start)
-        self._change(start, {node.id}, set())
+        self.views.change(start, {node.id}, set())
         self.waiting.append((start, node))
         return None
 
@@ -185,7 +177,7 @@ class Peers(Ensemble):
         return ready
 
     def leave(self, node: Node, orderly: bool) -> dict[int, Message]:
-        self._change(self.asked + 1 if self.rounds else 0, set(), {node.id})
+        self.views.change(self.views.asked + 1, set(), {node.id})
         self.waiting = [(start, new) for start, new in self.waiting if new.id != node.id]
         if node.id in self.nodes:
             del self.nodes[node.id]
@@ -227,30 +219,20 @@ class Peers(Ensemble):
         """Nobody is left to wait for: these take up where the last one stopped."""
         assert self.last is not None
         self.waiting = []
-        self.views = [(0, tuple(sorted(node.id for node in nodes)))]
         if isinstance(self.method, PeriodicMethod):  # it may have stopped inside a block, and they begin one
             self.last.step = self.method.boundary(self.last.step)
+        asked, self.views = self.views.asked, Views(self.rounds, tuple(sorted(node.id for node in nodes)))
+        self.views.asked = asked
         for node in nodes:
             self._join(node, self.last)
 
     def _seat(self, node: Node, state: Any, step: int) -> None:
-        node.view, node.seed, node.state = self.view, self.seed, state
+        node.view, node.seed, node.state = self.views.at, self.seed, state
         node.step = node.since = step
         self.nodes[node.id] = node
         x = self.models[node.id] = self.method.params(state)
         self.total += x
         self.squares += float(x.double().dot(x.double()))
-
-    def _change(self, start: int, come: set[int], gone: set[int]) -> None:
-        """From round ``start`` on these have come and those have gone."""
-
-        def changed(members: Members) -> Members:
-            return tuple(sorted(set(members) - gone | come))
-
-        earlier = [v for v in self.views if v[0] < start]
-        at = next(members for begin, members in reversed(self.views) if begin <= start)
-        later = [(begin, changed(members)) for begin, members in self.views if begin > start]
-        self.views = [*earlier, (start, changed(at)), *later] if self.rounds else [(0, changed(at))]
 
 
 def ensemble(method: Method, x0: Tensor, seed: int) -> Ensemble:
