@@ -11,7 +11,6 @@ from __future__ import annotations
 import secrets
 import socket
 from datetime import timedelta
-from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +28,10 @@ class GlooLink(Link):
     transport = "gloo"
 
     def __init__(self, sock: socket.socket, name: str, timeout: float, store: Any, prefix: str = "") -> None:
-        """``prefix`` is what the accepting end has offered; without it this is that end."""
+        """``prefix`` is what the accepting end has offered; without it this is that end.
+
+        ``store`` is this link's own connection to the store: who waits for a key on one lets nobody else use it.
+        """
         super().__init__(sock, name, timeout)
         self.store, self.accepts = store, not prefix
         self.prefix = prefix or secrets.token_hex(16)
@@ -50,7 +52,7 @@ class GlooLink(Link):
 
     def close(self) -> None:
         super().close()
-        self.pair = None
+        self.pair = self.store = None
 
     def _group(self) -> None:
         """Make the group at the first payload: both ends are there then."""
@@ -64,6 +66,7 @@ class GlooLink(Link):
                 self.pair = c10d.ProcessGroupGloo(store, int(not self.accepts), 2, options)
             except RuntimeError as error:
                 raise LinkLost(f"no process group with {self.name} ({_first(error)})") from None
+            self.store = None  # the group has what it needs
 
     def _done(self, start: Any, verb: str) -> None:
         try:
@@ -72,10 +75,12 @@ class GlooLink(Link):
             raise LinkLost(f"{self.name} {verb} no payload ({_first(error)})") from None
 
 
-@cache
 def join_store(host: str, port: int, timeout: float) -> Any:
-    """The store at ``host`` and ``port``, one connection for all links of this process."""
-    return c10d.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+    """A connection to the store at ``host`` and ``port``. Raises `LinkLost`."""
+    try:
+        return c10d.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+    except RuntimeError as error:
+        raise LinkLost(f"no store for process groups at {host}:{port} ({_first(error)})") from None
 
 
 def make_store(host: str, timeout: float) -> tuple[Any, int]:

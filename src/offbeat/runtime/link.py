@@ -29,6 +29,8 @@ from torch import Tensor
 from .message import NOTE, SIZE, Corrupt, Header, Kind, checksum
 
 GREETING = b"offbeat runtime 1\n"
+NO = bytes(32)
+"""In the place of a proof: the token is not the run's. Said in full, for a server that dies meanwhile says nothing."""
 
 
 class LinkLost(ConnectionError):
@@ -79,11 +81,16 @@ class Link:
         self._read_into(view(data))
         return data
 
-    def close(self) -> None:
-        """Hang up; the other end sees it at once."""
+    def hang_up(self) -> None:
+        """End the connection, from any thread: the other end sees it at once, and so does whoever uses this one."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
-        self.sock.close()
+
+    def close(self) -> None:
+        """Hang up and let go of everything, from the thread that receives."""
+        self.hang_up()
+        with self.sending:  # the number of a closed socket may be another one's at once
+            self.sock.close()
 
     # frames
 
@@ -127,7 +134,14 @@ class Link:
 
     def waiting(self, seconds: float) -> bool:
         """Whether something comes within ``seconds``, the end of the connection included."""
-        return bool(select.select([self.sock], [], [], seconds)[0])
+        if not hasattr(select, "poll"):
+            return bool(select.select([self.sock], [], [], seconds)[0])
+        poll = select.poll()  # select knows only the first 1024 files of a process
+        try:
+            poll.register(self.sock, select.POLLIN)
+        except ValueError:
+            raise LinkLost(f"the link to {self.name} has been closed") from None
+        return bool(poll.poll(1000 * seconds))
 
     def beat(self, header: Header) -> None:
         """Say that this end is alive."""
@@ -145,7 +159,7 @@ class Link:
             return None
         try:
             return json.loads(self._read(header.note, "a note"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Corrupt(f"{self.name} sent a note that is no JSON ({error})") from None
 
     # bytes
@@ -180,34 +194,29 @@ class Link:
 class SharedLink(Link):
     """Payloads go through memory that both processes of one machine map; the socket only says that they are there.
 
-    The accepting end makes the file and removes it as soon as both have it open, so that a kill leaves nothing behind.
+    On Linux the memory has no name but its owner's in /proc, so that a kill at any moment leaves nothing behind. Elsewhere
+    it is a file, which the other end removes as soon as it has it open.
     """
 
     transport = "shared"
     ahead = True
 
     def __init__(self, sock: socket.socket, name: str, timeout: float, sizes: tuple[int, int], path: str = "") -> None:
-        """``sizes`` are the bytes that this end puts and takes at most; ``path`` the file, where the other end made it."""
+        """``sizes`` are the bytes that this end puts and takes at most; ``path`` the memory, where the other end made it."""
         super().__init__(sock, name, timeout)
-        self.path = path
         mine, theirs = sizes
         total = mine + theirs
-        if not path:
-            fd, self.path = tempfile.mkstemp(prefix="offbeat-", dir=_shared_folder())
-            try:
-                os.posix_fallocate(fd, 0, max(1, total))  # now, for later a full memory is a bus error
-            except OSError as error:
-                os.unlink(self.path)
-                raise OSError(
-                    f"{Path(self.path).parent} has no room for {total:,} bytes of shared memory ({error.strerror}); "
-                    "take the transport gloo or tcp"
-                ) from None
-            finally:
-                os.close(fd)
-        memory = torch.from_file(self.path, shared=True, size=max(1, total), dtype=torch.uint8)
+        self.fd, self.path = (-1, path) if path else _memory(max(1, total))
+        try:
+            memory = torch.from_file(self.path, shared=True, size=max(1, total), dtype=torch.uint8)
+        except RuntimeError as error:
+            raise LinkLost(
+                f"the memory that {name} offers cannot be mapped ({str(error).splitlines()[0]}); if this comes again, start "
+                "the server with the transport gloo or tcp"
+            ) from None
         if path:
             self.put_at, self.take_at = memory[theirs:total], memory[:theirs]
-            os.unlink(path)
+            self._forget()
         else:
             self.put_at, self.take_at = memory[:mine], memory[mine:total]
 
@@ -222,18 +231,43 @@ class SharedLink(Link):
 
     def close(self) -> None:
         super().close()
-        Path(self.path).unlink(missing_ok=True)
+        self._forget()
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _forget(self) -> None:
+        if not self.path.startswith("/proc/"):
+            Path(self.path).unlink(missing_ok=True)
 
 
-def _shared_folder() -> str | None:
-    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+def _memory(size: int) -> tuple[int, str]:
+    """New memory of ``size`` bytes to share: its file descriptor, and a path under which others can map it."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("offbeat")
+        path = f"/proc/{os.getpid()}/fd/{fd}"
+    else:
+        fd, path = tempfile.mkstemp(prefix="offbeat-")
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size)  # now, for later a full memory is a bus error
+        else:
+            os.truncate(fd, size)
+    except OSError as error:
+        os.close(fd)
+        if not path.startswith("/proc/"):
+            os.unlink(path)
+        raise OSError(
+            f"there is no room for {size:,} bytes of shared memory ({error.strerror}); take the transport gloo or tcp"
+        ) from None
+    return fd, path
 
 
 def machine() -> str:
-    """What processes that can share memory have in common."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
+    """What processes that can share memory have in common: the machine, the container, and the user."""
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     name = boot.read_text().strip() if boot.exists() else socket.gethostname()
-    return f"{name} {os.stat(_shared_folder() or tempfile.gettempdir()).st_dev}"
+    return f"{name} {os.stat(space if space.exists() else tempfile.gettempdir()).st_ino} {os.getuid()}"
 
 
 # making connections
@@ -269,8 +303,15 @@ def dial(address: str, token: str, name: str, timeout: float) -> Link:
     `PermissionError` where the other end does not know the token, or does not believe that this one does.
     """
     host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"OFFBEAT_SERVER = {address!r}: must be HOST:PORT, with a port from 1 to 65535")
     try:
         sock = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout)
+        if (
+            sock.getsockname() == sock.getpeername()
+        ):  # the kernel joins a port of this machine to itself if nobody listens
+            sock.close()
+            raise ConnectionRefusedError("nobody listens")
     except OSError as error:
         raise LinkLost(f"nobody answers at {address} ({error.strerror or error})") from None
     prepare(sock, timeout)
@@ -283,13 +324,11 @@ def dial(address: str, token: str, name: str, timeout: float) -> Link:
             raise LinkLost(f"what answers at {address} is no offbeat {name}")
         theirs = theirs[len(GREETING) :]
         link._write(_proof(token, b"dials", mine, theirs))
-        if not hmac.compare_digest(link._read(32, "its proof"), _proof(token, b"accepts", mine, theirs)):
+        proof = link._read(32, "its proof")
+        if proof == NO:
+            raise PermissionError(f"{name} at {address} refuses the token: check OFFBEAT_TOKEN at both ends")
+        if not hmac.compare_digest(proof, _proof(token, b"accepts", mine, theirs)):
             raise PermissionError(f"{name} at {address} does not know this run's token: check OFFBEAT_TOKEN")
-    except LinkLost as lost:
-        link.close()
-        if "its proof" in str(lost):
-            raise PermissionError(f"{name} at {address} refuses the token: check OFFBEAT_TOKEN at both ends") from None
-        raise
     except BaseException:
         link.close()
         raise
@@ -299,16 +338,18 @@ def dial(address: str, token: str, name: str, timeout: float) -> Link:
 def accept(sock: socket.socket, token: str, name: str, timeout: float) -> Link:
     """A link over ``sock``, which has just been accepted, once its other end has proven that it knows ``token``.
 
-    Raises `PermissionError` where it does not, `LinkLost` where it says nothing within ``timeout`` or 10 seconds.
+    Raises `PermissionError` where it does not, `Corrupt` where it speaks otherwise, `LinkLost` where it says nothing within
+    ``timeout`` or 10 seconds.
     """
     prepare(sock, min(timeout, 10.0))
     link = Link(sock, name, min(timeout, 10.0))
     theirs = link._read(len(GREETING) + 32, "a greeting")
     if theirs[: len(GREETING)] != GREETING:
-        raise LinkLost(f"{name} does not speak as offbeat does")
+        raise Corrupt(f"{name} does not speak as offbeat does")
     theirs, mine = theirs[len(GREETING) :], secrets.token_bytes(32)
     link._write(GREETING + mine)
     if not hmac.compare_digest(link._read(32, "a proof"), _proof(token, b"dials", theirs, mine)):
+        link._write(NO)
         raise PermissionError(f"{name} does not know the token")
     link._write(_proof(token, b"accepts", theirs, mine))
     prepare(sock, timeout)

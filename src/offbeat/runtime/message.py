@@ -127,7 +127,9 @@ class Form:
         parts = leaves(message)
         self.check(parts)
         if out is None and len(parts) == 1 and _whole(parts[0]) == parts[0].nbytes and parts[0].is_cpu:
-            return parts[0].detach().contiguous().reshape(-1).view(torch.uint8)
+            only = parts[0].detach().contiguous().reshape(-1)
+            if only.storage_offset() * only.element_size() % 8 == 0:  # else its words could not be summed
+                return only.view(torch.uint8)
         out = torch.zeros(self.bytes, dtype=torch.uint8) if out is None else out
         place = 0
         for t in parts:
@@ -167,9 +169,18 @@ def checksum(data: Tensor) -> int:
 
 def finite(message: Message) -> bool:
     """Whether all numbers of a message or state are finite."""
-    for t in leaves(message):
-        if t.is_floating_point() and t.numel():
-            total = float(torch.dot(t, t)) if t.dim() == 1 else float(t.double().square().sum())
-            if not math.isfinite(total) and not bool(torch.isfinite(t).all()):  # the first is faster, and may overflow
-                return False
-    return True
+    return all(_squares(t) < math.inf or bool(torch.isfinite(t).all()) for t in _numbers(message))
+
+
+def tame(message: Message) -> bool:
+    """Whether all numbers are finite and so far from overflow that a state's sums and squares of them are finite too."""
+    return all(_squares(t) < 1e30 for t in _numbers(message))
+
+
+def _numbers(message: Message) -> list[Tensor]:
+    return [t for t in leaves(message) if t.is_floating_point() and t.numel()]
+
+
+def _squares(t: Tensor) -> float:
+    """Their sum, which is fast: nan or inf where a number is, and maybe where a number is large."""
+    return float(torch.dot(t, t) if t.dim() == 1 else t.double().square().sum())

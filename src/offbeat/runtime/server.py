@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import platform
 import queue
 import socket
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,17 +29,25 @@ from .. import __version__
 from ..core.method import GradientServer, Message, ServerMethod
 from ..core.problem import Problem
 from ..core.protocol import Server
+from ..core.values import require, require_count
 from ..trace import Evaluation, Event, Incident, line
 from . import snapshot
 from .kernel import SMALLEST, Kernel
 from .link import Frame, Link, LinkLost, SharedLink, accept, listen, machine
-from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild
+from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild, tame
 
 Parse = Callable[[str], Any]
 
 
+TRANSPORTS = ("auto", "shared", "gloo", "tcp")
+
+
 class Refused(ValueError):
     """A message or a worker that is not taken: the reason, and how the run stays."""
+
+
+class Diverging(Refused):
+    """What a message holds, or would make of the model, is not finite."""
 
 
 def forms(method: ServerMethod, parameters: int, dtype: torch.dtype) -> tuple[Form, Form]:
@@ -77,6 +87,18 @@ class Terms:
     shard: tuple[int, int] = (0, 1)
     """Which part of the model this server has, of how many."""
 
+    def __post_init__(self) -> None:
+        if self.gradients is not None:
+            require_count(self, "gradients")
+        require_count(self, "workers")
+        require(self, "transport", self.transport in TRANSPORTS, f"choose one of {', '.join(TRANSPORTS)}")
+        for name in ("timeout", "every"):
+            require(self, name, 0 < getattr(self, name) < math.inf, "must be finite and above 0 seconds")
+        require(
+            self, "beat", 0 < self.beat < self.timeout, f"must be above 0 and below the timeout, {self.timeout:g} s"
+        )
+        require(self, "shard", 0 <= self.shard[0] < self.shard[1], "must be a number from 0 on, and how many there are")
+
 
 class Tickets:
     """Numbers of minibatches, each handed out once; those of a worker that died come back."""
@@ -102,6 +124,7 @@ class Session:
 
     worker: int
     incarnation: int
+    process: Any  # what tells the worker's process from all others
     link: Link
     head: Header
     push: Form
@@ -110,6 +133,7 @@ class Session:
     held: deque[int] = field(default_factory=deque)  # tickets that it has and has not used
     point: Tensor | None = None  # where its next gradient is taken, if the server knows [d]
     sent: Message | None = None  # the last reply, whose buffers are free when the next one goes out
+    length: int | None = None  # how many gradients its next message must have, if the server knows
     visits: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     moments: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # of its last gradients
@@ -146,6 +170,8 @@ class RunServer:
         self.incarnation = 0
         self.refused = 0
         self.finished = 0  # workers whose own loop has ended
+        self.coming: list[int] = []  # numbers of workers that are being welcomed
+        self.calm = True  # whether the message that is served is far from what overflows
         self.lock = threading.RLock()
         self.opening = threading.Lock()  # held by the worker that brings the first model
         self.began = time.monotonic()
@@ -161,11 +187,13 @@ class RunServer:
 
     # the run's life
 
-    def run(self, watch: Callable[[], None] = lambda: None) -> None:
+    def run(self, watch: Callable[[], None] = lambda: None, end: Callable[[], None] = lambda: None) -> None:
         """Accept workers until the run is over or `stop` is called; then write what has become of it.
 
-        ``watch`` is called some times a second, while training goes on.
+        ``watch`` is called some times a second, while training goes on, and ``end`` when everybody has gone.
         """
+        if self.server is None and snapshot.put_aside(self.folder / "snapshots"):
+            self.say(f"a new run begins: the snapshots of the one before are in {self.folder / 'snapshots.before'}")
         threading.Thread(target=self._accept, daemon=True).start()
         due = time.monotonic() + self.terms.every
         while not self.stopping.wait(0.2):
@@ -176,7 +204,7 @@ class RunServer:
             if time.monotonic() >= due:
                 self.save()
                 due = time.monotonic() + self.terms.every
-        self.close()
+        self.close(end)
 
     def over(self) -> bool:
         """Whether all minibatches are done, or all workers have ended their loops, and everybody has left."""
@@ -190,18 +218,24 @@ class RunServer:
         """End as soon as possible, with a snapshot."""
         self.stopping.set()
 
-    def close(self) -> None:
-        """Hang up, write a last snapshot and the model."""
+    def close(self, end: Callable[[], None] = lambda: None) -> None:
+        """Hang up, write a last snapshot and the model; ``end`` is called before the trace is closed."""
         self.stopping.set()
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)  # else who waits for the next worker would still take one
         self.listener.close()
         with self.lock:
-            self.save()
             for session in list(self.sessions.values()):
-                session.link.close()
-            if self.journal:
-                self.journal.flush()
-            if self.server is not None:
-                torch.save(self.state_dict(), self.folder / "model.pt")
+                session.link.hang_up()
+                self._gone(session, False)
+            if self.server is None:
+                return
+            self.save()
+            torch.save(self.state_dict(), self.folder / "model.part")
+            os.replace(self.folder / "model.part", self.folder / "model.pt")
+        end()
+        with self.lock:
+            self.journal.close()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model that would be shipped, by the names of the module's parameters; ``{"x": ...}`` where it has none."""
@@ -249,95 +283,111 @@ class RunServer:
         while not self.stopping.is_set():
             try:
                 sock, address = self.listener.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if not self.stopping.wait(0.1):  # what is refused to one worker, such as too many files, passes
+                    self.say(f"a worker could not be accepted ({error.strerror or error})")
+                continue
             threading.Thread(target=self._session, args=(sock, address), daemon=True).start()
 
     def _session(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         name = f"the worker at {address[0]}:{address[1]}"
+        link: Link | None = None
         session: Session | None = None
         orderly = False
         try:
             link = accept(sock, self.token, name, self.terms.timeout)
             session = self._welcome(link)
-            if session is not None:
-                orderly = self._serve(session)
+            orderly = self._serve(session)
         except PermissionError as error:
             self._refuse(f"{error}: no link is made")
         except Corrupt as corrupt:
             self._refuse(str(corrupt))
-            self._tell(session.link if session else None, str(corrupt), "corrupt")
+            self._tell(link, str(corrupt), "corrupt")
         except Refused as refused:
             self._refuse(str(refused))
-            self._tell(session.link if session else None, str(refused), "diverged")
+            self._tell(link, str(refused), "diverged" if isinstance(refused, Diverging) else "refused")
         except LinkLost as lost:
             if not self.stopping.is_set():
                 self.say(str(lost))
+        except Exception as error:  # ours; one worker's link is no reason to lose the run
+            self._refuse(f"{link.name if link else name}: {error!r}\n{traceback.format_exc()}")
+            self._tell(link, f"the server failed ({error!r}): see its log", "corrupt")
         finally:
-            sock.close()
             if session is not None:
-                session.link.close()
                 with self.lock:
                     self._gone(session, orderly)
+                    finished = self.finished
+                if orderly and finished and not self.over():
+                    self.save()  # who has finished does not come again, should the server have to
+                session.link.close()
+            (link or sock).close()
 
-    def _welcome(self, link: Link) -> Session | None:
-        """Agree with a worker on the run, and seat it."""
+    def _welcome(self, link: Link) -> Session:
+        """Agree with a worker on the run, and seat it; its first reply is in its outbox."""
         hello = link.recv({Kind.HELLO: 0}, "its hello")
         note = hello.note if isinstance(hello.note, dict) else {}
+        better, worker = link, -1
         try:
-            with self.lock:
-                self._agree(hello.header, note)
-                asked = note.get("worker")
-                worker = asked if isinstance(asked, int) and asked >= 0 else self._vacant()
-                self.incarnation += 1
-                head = Header(Kind.REPLY, DTYPES.index(self.dtype), worker, self.incarnation)
-            assert self.method is not None
-            push, reply = forms(self.method, self.parameters, self.dtype)
-        except (Refused, ValueError) as refused:
-            self._refuse(str(refused))
-            self._tell(link, str(refused), "refused")
-            return None
-        link.name = f"worker {worker}"
-        model = self.parameters * self.dtype.itemsize
-        sizes = (max(reply.bytes, -(-model // 8) * 8), max(push.bytes, -(-model // 8) * 8))
-        better, way = self._way(link, note, sizes)
-        terms = {
-            "worker": worker,
-            "incarnation": head.incarnation,
-            "method": repr(self.method),
-            "seed": self.terms.seed,
-            "workers": self.terms.workers,
-            "beat": self.terms.beat,
-            "timeout": self.terms.timeout,
-            **way,
-        }
-        with self.opening:  # whoever comes first brings the model, and the others wait for it
-            first = self.server is None
-            link.send(head._replace(kind=Kind.WELCOME), None, {**terms, "model": first})
-            link = better
-            if first:
-                frame = link.recv({Kind.MODEL: self._model.bytes}, "the model")
-                self._start(self._model.unpack(frame.payload))
-        session = Session(worker, head.incarnation, link, head, push, reply)
+            with self.opening if self.server is None else contextlib.nullcontext():  # the first one brings the model
+                first = self.server is None
+                try:
+                    with self.lock:
+                        self._agree(hello.header, note)
+                        worker = self._number(note)
+                        self.coming.append(worker)
+                        self.incarnation += 1
+                        head = Header(Kind.REPLY, DTYPES.index(self.dtype), worker, self.incarnation)
+                    link.name = f"worker {worker}"
+                    assert self.method is not None
+                    push, reply = forms(self.method, self.parameters, self.dtype)
+                    model = self._model.bytes
+                    better, way = self._way(link, note, (max(reply.bytes, model), max(push.bytes, model)))
+                    terms = {
+                        "worker": worker,
+                        "incarnation": head.incarnation,
+                        "method": repr(self.method),
+                        "seed": self.terms.seed,
+                        "workers": self.terms.workers,
+                        "beat": self.terms.beat,
+                        "timeout": self.terms.timeout,
+                        **way,
+                    }
+                    link.send(head._replace(kind=Kind.WELCOME), None, {**terms, "model": first})
+                    if first:
+                        frame = better.recv({Kind.MODEL: self._model.bytes}, "the model")
+                        self._start(self._model.unpack(frame.payload))
+                finally:
+                    if self.server is None:  # whoever comes next is the first
+                        self.method, self.parameters, self.problem, self.layout = self.terms.method, 0, "", []
+            return self._seat(Session(worker, head.incarnation, note.get("process"), better, head, push, reply), note)
+        except BaseException:
+            if better is not link:
+                better.close()
+            raise
+        finally:
+            if worker >= 0:
+                with self.lock:
+                    self.coming.remove(worker)
+
+    def _seat(self, session: Session, note: dict[str, Any]) -> Session:
+        """A worker's life begins."""
+        worker = session.worker
         with self.lock:
-            if worker in self.sessions:
+            if self.stopping.is_set():
+                raise LinkLost("the server ends")
+            old = self.sessions.get(worker)
+            if old is not None:
                 self.say(f"worker {worker} is back: its link before is dead")
-                old = self.sessions[worker]
-                old.link.close()
+                old.link.hang_up()
                 self._gone(old, False)
             assert self.server is not None
             self.sessions[worker] = session
             message, version = self._kept(self.server.join(worker)), self.server.version
             self.server.own[worker] = self._kept(self.server.own[worker])
             self._note(Incident(self.seconds, worker, "joined"))
-            tickets = self._hand(session, note)
-        self.say(f"worker {worker} has joined over {link.transport}")
-        try:
-            self._answer(session, version, message, tickets)
-        except LinkLost:
-            with self.lock:
-                self._gone(session, False)
-            raise
+            self._hand(session, note)
+            session.outbox.put((version, message))
+        self.say(f"worker {worker} has joined over {session.link.transport}")
         return session
 
     @property
@@ -345,14 +395,19 @@ class RunServer:
         return Form(torch.empty(self.parameters, dtype=self.dtype, device="meta"))
 
     def _agree(self, header: Header, note: dict[str, Any]) -> None:
-        """Refuse a worker that is at another run."""
+        """Refuse a worker that is at another run; the first one says what the terms leave open."""
         if note.get("shard", [0, 1]) != list(self.terms.shard):
-            raise Refused(f"this server has shard {self.terms.shard}, and the worker wants {note.get('shard')}")
-        said = note.get("method")
+            raise Refused(
+                f"this server has shard {self.terms.shard}, and the worker wants {str(note.get('shard'))[:100]}"
+            )
+        said = str(note.get("method") or "")
         if self.method is None:
             if not said:
-                raise Refused("neither the worker nor the launch names a method: give --method, or one to Replica")
-            method = self.parse(said)
+                raise Refused("neither the worker nor the launcher names a method: give --method, or one to Replica")
+            try:
+                method = self.parse(said)
+            except ValueError as error:
+                raise Refused(str(error)) from None
             if not isinstance(method, ServerMethod):
                 raise Refused(f"{said[:200]} has no server: take a server method such as DanaZero()")
             self.method = method
@@ -361,8 +416,8 @@ class RunServer:
                 f"the worker's method is {said[:300]}, the run's is {self.method!r}: name it in one place only"
             )
         parameters, dtype = note.get("parameters"), DTYPES[header.dtype]
-        if not isinstance(parameters, int) or parameters < 1:
-            raise Refused(f"a model of {parameters!r} parameters")
+        if not _whole(parameters) or not 1 <= parameters < 1 << 48:
+            raise Refused(f"a model of {str(parameters)[:100]} parameters")
         if self.parameters and (parameters, dtype) != (self.parameters, self.dtype):
             raise Refused(
                 f"the worker's model has {parameters:,} parameters of {dtype}, the run's has {self.parameters:,} of "
@@ -370,12 +425,21 @@ class RunServer:
             )
         if not self.parameters:
             self.parameters, self.dtype = parameters, dtype
-            self.layout = note.get("layout") or []
+            self.layout = _layout(note.get("layout"), parameters)
             self.problem = str(note.get("problem") or "")
 
-    def _vacant(self) -> int:
-        """The smallest number that no worker has."""
-        return next(i for i in range(len(self.sessions) + 1) if i not in self.sessions)
+    def _number(self, note: dict[str, Any]) -> int:
+        """The number that a worker gets: the one that the launcher has named or that it had before, if it is still free."""
+        asked = note.get("worker")
+        if asked is not None:
+            if not _whole(asked) or not 0 <= asked < 1 << 31:
+                raise Refused(f"worker {str(asked)[:100]}: its number must be a whole one from 0 to {(1 << 31) - 1}")
+            before = self.sessions.get(asked)
+            mine = asked not in self.coming if before is None else before.process == note.get("process")
+            if note.get("named", True) or mine:
+                return int(asked)
+        taken = {*self.sessions, *self.coming}
+        return next(i for i in range(len(taken) + 1) if i not in taken)
 
     def _way(self, link: Link, note: dict[str, Any], sizes: tuple[int, int]) -> tuple[Link, dict[str, Any]]:
         """The link with the way for payloads that suits both ends, and what the other one must know of it."""
@@ -386,7 +450,10 @@ class RunServer:
         if transport == "shared":
             if not near:
                 raise Refused("a worker on another machine cannot share memory: take the transport gloo, tcp or auto")
-            link = SharedLink(link.sock, link.name, link.timeout, sizes)
+            try:
+                link = SharedLink(link.sock, link.name, link.timeout, sizes)
+            except OSError as error:
+                raise Refused(str(error)) from None
             return link, {"transport": "shared", "sizes": sizes, **link.offer()}
         if transport == "gloo":
             from .gloo import GlooLink, make_store
@@ -395,14 +462,14 @@ class RunServer:
                 if self._store is None:
                     self._store = make_store(self.host, self.terms.timeout)
             store, port = self._store
-            link = GlooLink(link.sock, link.name, link.timeout, store)
+            link = GlooLink(link.sock, link.name, link.timeout, store.clone())
             return link, {"transport": "gloo", "store": port, **link.offer()}
         return link, {"transport": "tcp"}
 
     def _start(self, x: Tensor) -> None:
         """The run begins at ``x``."""
         if not finite(x):
-            raise Refused("the model that the first worker brings is not finite")
+            raise Refused("the model that the worker brings is not finite: look at how it is initialised or loaded")
         with self.lock:
             assert self.method is not None
             self.server = Server.start(self.method, x)
@@ -433,6 +500,7 @@ class RunServer:
 
     def _serve(self, session: Session) -> bool:
         """Serve a worker until it leaves; True where it says so itself."""
+        self._answer(session, *session.outbox.get(), list(session.held))
         due = {Kind.PUSH: session.push.bytes, Kind.LEAVE: 0, Kind.MASTER: 0, Kind.HELLO: 0}
         while True:
             frame = session.link.recv(due, "its next message")
@@ -455,9 +523,11 @@ class RunServer:
                 session.link.send(session.head._replace(kind=Kind.WELCOME), None, {"tickets": tickets})
                 continue
             message = session.push.unpack(frame.payload)
-            if not finite(message):
-                raise Refused(self._diverged(session, frame.header.step, "the message is not finite"))
+            calm = tame(message)
+            if not calm and not finite(message):
+                raise Diverging(self._diverged(session, frame.header.step, "the message is not finite"))
             with self.lock:
+                self.calm = calm
                 self._visit(session, frame, message, note)
                 tickets = self._hand(session, note)
             reply = self._await(session)
@@ -474,11 +544,12 @@ class RunServer:
             )
         if header.kind != Kind.PUSH:
             return
-        due = self.steps.get(session.worker, 0)
-        if header.step != due or not 1 <= header.gradients <= 1_000_000 or header.dtype != session.head.dtype:
+        due, length = self.steps.get(session.worker, 0), session.length
+        ok = 1 <= header.gradients <= 1_000_000 if length is None else header.gradients == length
+        if header.step != due or not ok or header.dtype != session.head.dtype:
             raise Corrupt(
                 f"worker {session.worker} brings {header.gradients} gradients from its step {header.step} on, of dtype "
-                f"{DTYPES[header.dtype]}; due is step {due}, {self.dtype}"
+                f"{DTYPES[header.dtype]}; due are {length or 'some'} from step {due} on, of {self.dtype}"
             )
 
     def _handle(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
@@ -486,7 +557,7 @@ class RunServer:
         assert self.method is not None
         kernel = self.kernel
         new = (kernel or self.method.serve)(s, own, msg)
-        good = finite(new[2])
+        good = finite(new[2]) and (self.calm or finite(new[:2]))
         if kernel:  # the buffers of what is not kept are the next visit's
             kernel.spare(0, s if good else new[0])
             kernel.spare(1, own if good else new[1])
@@ -521,7 +592,7 @@ class RunServer:
         try:
             replies = server.visit(worker, message)
         except FloatingPointError:
-            raise Refused(self._diverged(session, header.step, "the model would not be finite any more")) from None
+            raise Diverging(self._diverged(session, header.step, "the model would not be finite any more")) from None
         for other, reply in replies.items():
             self.sessions[other].outbox.put((server.version, reply))
         now, count = self.seconds, header.gradients
@@ -591,6 +662,9 @@ class RunServer:
         if self.kernel and session.sent is not None:
             self.kernel.spare(2, session.sent)
         session.sent = reply if self.kernel else None
+        if self.terms.shard[1] == 1:  # else the first server's word counts
+            assert self.method is not None
+            session.length = self.method.length(self.method.init(_first(reply)))
         head = session.head._replace(step=self.steps.get(session.worker, 0), version=version)
         session.link.send(head, session.reply.pack(reply), {"tickets": tickets})
 
@@ -633,6 +707,7 @@ class RunServer:
                 "version": server.version,
                 "incarnation": self.incarnation,
                 "steps": dict(self.steps),
+                "finished": self.finished,
                 "tickets": [self.tickets.next, self.tickets.done],
                 "returned": [*self.tickets.returned, *(t for s in self.sessions.values() for t in s.held)],
                 "trace": self.journal.tell(),
@@ -670,6 +745,7 @@ class RunServer:
         server.seen = dict.fromkeys(server.own, server.version)
         self.server = server
         self.incarnation, self.steps = content["incarnation"] + 1_000_000, dict(content["steps"])
+        self.finished = content["finished"]
         self.tickets.next, self.tickets.done = content["tickets"]
         self.tickets.returned.extend(content["returned"])
         self.began = time.monotonic() - content["seconds"]
@@ -693,15 +769,18 @@ class RunServer:
             with open(path, encoding="utf-8") as file:
                 file.seek(place)
                 for text in file:
-                    if text.endswith("\n") and "step" in (entry := json.loads(text)):
-                        lost, seconds = lost + 1, entry["seconds"]
+                    with contextlib.suppress(ValueError):  # a line that was cut
+                        entry = json.loads(text)
+                        if "step" in entry:
+                            lost, seconds = lost + 1, entry["seconds"]
         self.journal = open(path, mode if path.exists() else "w", encoding="utf-8")  # noqa: SIM115
         self.journal.seek(place)
         self.journal.truncate()
         return lost, seconds
 
     def _write(self, text: str) -> None:
-        self.journal.write(text + "\n")
+        if not self.journal.closed:  # what happens after the end is no part of the run
+            self.journal.write(text + "\n")
 
     def _note(self, note: Incident | Evaluation) -> None:
         self._write(line(note))
@@ -735,6 +814,11 @@ class RunServer:
         return f"worker {session.worker}, step {step}: {what}; lower the learning rate or lengthen the warm-up"
 
 
+def _first(message: Message) -> Message:
+    """The message for a model of one parameter."""
+    return rebuild(message, [t[:1] if t.dim() else t for t in leaves(message)])
+
+
 def _copy(value: Any) -> Any:
     return rebuild(value, [t.clone() for t in leaves(value)])
 
@@ -749,7 +833,24 @@ def _rate(moments: deque[float]) -> float:
 
 
 def _float(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def _whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _layout(given: Any, parameters: int) -> list[Any]:
+    """Names and shapes of a module's parameters as a worker has told them; none unless they fit."""
+    try:
+        layout = [(str(name), [int(n) for n in shape]) for name, shape in given]
+    except (TypeError, ValueError, OverflowError):
+        return []
+    fits = sum(math.prod(shape) for _, shape in layout) == parameters
+    return list(layout) if fits and all(n >= 0 for _, shape in layout for n in shape) else []
 
 
 def _floats(values: Any, count: int) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import secrets
 import threading
 import time
 from collections import deque
@@ -142,8 +143,10 @@ class Remote(Exchange):
         if x0.dtype not in DTYPES:
             raise ValueError(f"the model is of {x0.dtype}: a real run takes {', '.join(map(str, DTYPES))}")
         self.place, self.x0, self.hello, self.parse = place, x0, hello, parse
-        self.worker = place.worker
+        self.worker, self.named = place.worker, place.worker is not None
+        self.process = secrets.token_hex(8)
         self.shards: list[_Shard] = []
+        self.stopped: Callable[[], bool] = lambda: False  # whether to give up dialling
         self.want = 1
         self.beat = 1.0
         self.beating = threading.Event()
@@ -155,8 +158,10 @@ class Remote(Exchange):
         while True:
             try:
                 return self._join()
-            except LinkLost as lost:
+            except (LinkLost, Corrupt) as lost:
                 self._hang_up()
+                if self.stopped():
+                    raise LinkLost(f"{lost}; this worker is asked to stop, and dials no more") from None
                 if time.monotonic() + pause > end:
                     raise LinkLost(f"{lost}; nobody came back within {self.place.patience:g} s") from None
                 time.sleep(pause)
@@ -177,7 +182,9 @@ class Remote(Exchange):
             self.shards.append(shard)
             method = self.parse(note["method"])
             if not isinstance(method, ServerMethod):
-                raise LinkLost(f"{address} serves {note['method'][:100]}, which has no server")
+                raise ValueError(f"the server at {address} serves {note['method'][:100]}, which has no server")
+            if self.worker is None or (not self.named and i == 0):
+                self.worker = note["worker"]
             shard.push, shard.reply = forms(method, part.stop - part.start, self.x0.dtype)
             if note["model"]:
                 form = Form(self.x0[part].to("meta"))
@@ -189,7 +196,7 @@ class Remote(Exchange):
             replies.append(shard.reply.unpack(frame.payload))
             tickets.append(frame.note["tickets"])
         first = welcomes[0]
-        self.worker, self.beat = first["worker"], first["beat"]
+        self.beat = first["beat"]
         if not self.beating.is_set():
             self.beating.set()
             threading.Thread(target=self._beats, daemon=True).start()
@@ -201,6 +208,7 @@ class Remote(Exchange):
         link = dial(address, self.place.token, "the server", self.place.timeout)
         head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
         about = {"worker": self.worker, "parameters": part.stop - part.start, "shard": shard, "want": self.want}
+        about |= {"named": self.named or shard[0] > 0, "process": self.process}  # the first server's number is for all
         try:
             link.send(
                 head,
@@ -235,6 +243,8 @@ class Remote(Exchange):
             why = frame.note["why"]
             if frame.note["what"] == "diverged":
                 raise Diverged(why, Trace(), shard.head.worker, shard.step)
+            if frame.note["what"] == "refused":
+                raise ValueError(f"the server refuses this worker: {why}")
             raise LinkLost(f"the server refused the last message: {why}")
         return frame
 
@@ -312,6 +322,7 @@ class Worker:
     def __init__(self, exchange: Exchange, say: Callable[[str], None]) -> None:
         self.exchange, self.say = exchange, say
         self.tickets: deque[int] = deque()
+        self.life = 0  # how often it has joined
         self._used = 0  # minibatches since the last exchange
         self._losses: list[float] = []
         self._computes: list[float] = []
@@ -321,6 +332,7 @@ class Worker:
 
     def _begin(self, terms: Terms) -> None:
         """A life begins with the first reply."""
+        self.life += 1
         self.terms = terms
         self.node = Node(terms.worker, terms.method, terms.method.init(terms.reply), terms.step, seed=terms.seed)
         self.loop: Loop = loop(terms.method, self.node)
@@ -346,7 +358,8 @@ class Worker:
     def ticket(self, before: float = math.inf) -> int | None:
         """The number of a minibatch that nobody else has; None where the next is not ``before`` that, or all are out."""
         if not self.tickets:
-            self.tickets.extend(self._again(lambda: self.exchange.more(1)))
+            more = self._again(lambda: self.exchange.more(1))  # named first: a new life has other tickets
+            self.tickets.extend(more)
         return self.tickets.popleft() if self.tickets and self.tickets[0] < before else None
 
     def use(self) -> None:
