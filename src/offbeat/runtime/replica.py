@@ -6,6 +6,7 @@ import atexit
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, Self, TypeVar
@@ -46,7 +47,9 @@ class Replica:
     `LinkLost` where nobody answers; ``PermissionError`` for a wrong token.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler always calls `step`, with `grad_scale` and `found_inf` set
+    _step_supports_amp_scaling = True  # GradScaler always calls `step`; for that long it sets these two:
+    grad_scale: Tensor | None
+    found_inf: Tensor
 
     def __init__(self, model: nn.Module, method: Method | None = None, *, place: Place | None = None) -> None:
         """``place`` is where the run is; None: what the environment says."""
@@ -62,23 +65,22 @@ class Replica:
                 f"the script says {method!r} and the launcher says {place.method}: name the method in one place"
             )
         self.model, self.flat = model, Flat(model)
+        self._leaving = False
         exchange: Exchange
         if place.servers:
             layout = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
             said = repr(method) if method is not None else place.method
-            exchange = Remote(place, self.flat.data.clone(), {"method": said, "layout": layout}, read)
+            exchange = remote = Remote(place, self.flat.data.clone(), {"method": said, "layout": layout}, read)
+            remote.stopped = lambda: self._leaving
         elif method is None and not place.method:
             raise ValueError("method = None: give one, or start the script with `offbeat launch --method NAME`")
         else:
             exchange = Alone(method or read(place.method), self.flat.data.clone())
         self.worker = Worker(exchange, _say)
-        self.flat.data.copy_(self.worker.x)
-        self.flat.grad.zero_()
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
-        self._shown = False  # whether the model holds the shipped parameters, and not this worker's
+        self._life = 0  # of the worker, whose parameters the model holds
+        self._shown = False  # whether the model holds the shipped parameters instead
+        self._own()
         self._passes = 0
-        self._leaving = False
         self._gone = False
         atexit.register(self._exit)
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -102,14 +104,13 @@ class Replica:
         if self._gone:
             raise RuntimeError("this replica has left its run: make a new one to go on")
         g = self.flat.gather().clone()
-        if self.found_inf is not None and float(self.found_inf) > 0:
+        scale = getattr(self, "grad_scale", None)
+        if float(getattr(self, "found_inf", 0.0)) > 0:
             g.zero_()
-        elif self.grad_scale is not None:
-            g.div_(self.grad_scale.to(g))
+        elif scale is not None:
+            g.div_(scale.to(g))
         self.worker.step(g, float("nan") if loss is None else float(torch.as_tensor(loss).detach()))
-        self.flat.grad.zero_()
-        self.flat.data.copy_(self.worker.x)
-        self._shown = False
+        self._take()
         if self._leaving and self.worker.free:
             _say(f"worker {self.id} leaves, as SIGTERM asks")
             self.leave(done=False)
@@ -132,17 +133,22 @@ class Replica:
         """
         number, self._passes = self._passes, self._passes + 1
         self._own()
+        deal: _Deal | None = None
         batches: Iterable[T]
         if (
             isinstance(loader, DataLoader)
             and not isinstance(loader.dataset, IterableDataset)
             and loader.batch_sampler is not None
         ):
-            batches = _dealt(loader, self.worker, number)
+            deal = _Deal(loader, self.worker, number)
+            batches = _dealt(loader, deal)
         else:
             n, i = self.worker.terms.workers, self.id % self.worker.terms.workers
             batches = (item for k, item in enumerate(loader) if k % n == i)
         for batch in batches:
+            self._own()  # the link may have been mended while the minibatch was asked for
+            if deal and deal.lives.popleft() != self.worker.life:
+                continue  # loaded ahead, and given to somebody else since
             self.worker.use()
             yield batch
         self.flat.data.copy_(self.worker.master())
@@ -161,9 +167,14 @@ class Replica:
         self.leave(done=kind is None)
 
     def _own(self) -> None:
-        if self._shown:
-            self.flat.data.copy_(self.worker.x)
-            self._shown = False
+        """Put the worker's parameters into the model, where it holds others."""
+        if self._shown or self._life != self.worker.life:
+            self._take()
+
+    def _take(self) -> None:
+        self.flat.data.copy_(self.worker.x)
+        self.flat.grad.zero_()
+        self._shown, self._life = False, self.worker.life
 
     def _told(self, number: int, frame: FrameType | None) -> None:
         self._leaving = True
@@ -178,10 +189,12 @@ class _Deal(Sampler[list[int]]):
     def __init__(self, loader: DataLoader[Any], worker: Worker, number: int) -> None:
         self.loader, self.worker, self.number = loader, worker, number
         self.orders: dict[int, list[list[int]]] = {}
+        self.lives: deque[int] = deque()  # of the worker, when it drew each minibatch that is still being loaded
 
     def __iter__(self) -> Iterator[list[int]]:
         size = len(self.loader)
         while (ticket := self.worker.ticket(before=(self.number + 1) * size)) is not None:
+            self.lives.append(self.worker.life)
             yield self._order(ticket // size)[ticket % size]
 
     def _order(self, number: int) -> list[list[int]]:
@@ -190,21 +203,23 @@ class _Deal(Sampler[list[int]]):
             seed = derive(self.worker.terms.seed, number)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                if self.loader.generator is not None:
-                    self.loader.generator.manual_seed(seed)
+                for part in (self.loader, self.loader.sampler, self.loader.batch_sampler):
+                    generator = getattr(part, "generator", None)
+                    if isinstance(generator, torch.Generator):
+                        generator.manual_seed(seed)
                 self.orders[number] = [list(batch) for batch in self.loader.batch_sampler or ()]
         return self.orders[number]
 
 
-def _dealt(loader: DataLoader[T], worker: Worker, number: int) -> DataLoader[T]:
-    """``loader`` with the minibatches of pass ``number`` that this worker draws."""
+def _dealt(loader: DataLoader[T], deal: _Deal) -> DataLoader[T]:
+    """``loader`` with the minibatches that this worker draws."""
     if isinstance(loader.sampler, DistributedSampler):
         raise ValueError("the loader has a DistributedSampler: give one without, `shard` does its work")
     if not len(loader):
         raise ValueError(f"the loader has no minibatch ({len(loader.dataset)} examples): choose a smaller batch")  # type: ignore[arg-type]
     return DataLoader(
         loader.dataset,
-        batch_sampler=_Deal(loader, worker, number),
+        batch_sampler=deal,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
