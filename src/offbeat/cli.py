@@ -439,9 +439,7 @@ class Serve(Command):
             else:
                 err.print(f"offbeat: workers may join with OFFBEAT_SERVER={address}")
             watch = _Evaluating(server, self.evaluations, tell)
-            server.run(watch.look)
-            if server.problem:
-                server.evaluate(read(server.problem))
+            server.run(watch.look, watch.end)
         return 0
 
 
@@ -480,7 +478,9 @@ class Work(Command):
             problem, place = read(self.problem), Place.read()
             hello = {"method": place.method, "problem": repr(problem), "layout": None}
             try:
-                worker = Worker(Remote(place, problem.x0(), hello, read), _log)
+                remote = Remote(place, problem.x0(), hello, read)
+                remote.stopped = stopped.is_set
+                worker = Worker(remote, _log)
                 train(worker, problem, self.speed, self.faults, stopped.is_set)
             except (LinkLost, Failure) as error:
                 err.print(f"offbeat: {escape(str(error))}")
@@ -714,8 +714,8 @@ class _Evaluating:
 
     def __init__(self, server: Any, evaluations: int, tell: Callable[[dict[str, Any]], None]) -> None:
         total = server.terms.gradients
-        self.server, self.tell = server, tell
-        self.every = max(1, total // evaluations) if total and server.terms.shard == (0, 1) else 0
+        self.server, self.tell, self.whole = server, tell, server.terms.shard == (0, 1)
+        self.every = max(1, total // evaluations) if total and self.whole else 0
         self.due, self.last, self.problem = self.every, 0.0, None
 
     def look(self) -> None:
@@ -727,7 +727,16 @@ class _Evaluating:
             self.server.evaluate(self.problem)
         if time.monotonic() - self.last >= 1.0:
             self.last = time.monotonic()
-            self.tell(self.server.status())
+            try:
+                self.tell(self.server.status())
+            except BrokenPipeError:  # the launcher is dead
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+                self.server.stop()
+
+    def end(self) -> None:
+        """What the server calls at the end."""
+        if self.whole and self.server.problem:
+            self.server.evaluate(self.problem or read(self.server.problem))
 
 
 def _lines(status: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ class Supervised:
     starts: int = 0
     due: float = 0.0
     done: bool = False
+    told: bool = False
     output: Callable[[IO[bytes]], None] | None = None
 
     def start(self) -> None:
@@ -137,15 +138,13 @@ class Launch:
                 if self.resume:
                     one.command = [*one.command, "--resume"]
                 one.start()
-            self._await_servers()
-            place = {"OFFBEAT_SERVER": ",".join(self.addresses[k] for k in range(self.shards))}
-            for i in range(self.workers):
-                env = {**environment, **place, "OFFBEAT_WORKER": str(i)}
-                log = logs / f"worker-{i}.log"
-                self.crew.append(Supervised(f"worker {i}", self.worker, env, log, self.restarts))
-            for one in self.crew:
-                one.start()
-            self._supervise()
+            if self._await_servers():
+                place = {"OFFBEAT_SERVER": ",".join(self.addresses[k] for k in range(self.shards))}
+                for i in range(self.workers):
+                    env = {**environment, **place, "OFFBEAT_WORKER": str(i)}
+                    log = logs / f"worker-{i}.log"
+                    self.crew.append(Supervised(f"worker {i}", self.worker, env, log, self.restarts))
+                self._supervise()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -156,28 +155,37 @@ class Launch:
                     one.end()
         return not self.stopped
 
-    def _await_servers(self) -> None:
+    def _await_servers(self) -> bool:
+        """Wait until all servers have said where they are; False where a signal comes first."""
         end = time.monotonic() + 120
         while len(self.addresses) < self.shards:
             for k, one in enumerate(self.servers):
                 assert one.process is not None
                 if one.process.poll() is not None and k not in self.addresses:
                     raise LaunchFailed(f"{one.name} did not start: {_tail(one.log)}")
-            if self.stopped or time.monotonic() > end:
+            if self.stopped:
+                return False
+            if time.monotonic() > end:
                 raise LaunchFailed("the server said no address within 120 s")
             time.sleep(0.02)
         for k, one in enumerate(self.servers):  # started again, it goes on where it was, at the same address
             port = self.addresses[k].rpartition(":")[2]
             one.command = [*(c for c in one.command if c != "--resume"), "--resume", "--port", port]
+        return True
 
     def _supervise(self) -> None:
         """Until all servers have ended, or a signal has come and the workers have left."""
         idle = None
         while True:
             for one in [*self.crew, *self.servers]:
-                if self.stopped and one.process is not None and one.process.poll() is not None:
-                    one.done = True
+                if self.stopped and (one.process is None or one.process.poll() is not None):
+                    one.done = True  # whoever waits to be started again is not
                 one.look(self.say)
+            leaving = self.crew if self.stopped else self.servers if self.servers[0].done else []
+            for one in leaving:  # the first server hands the minibatches out: when it is done, so are the others
+                if not one.told:
+                    one.told = True
+                    one.tell(signal.SIGTERM)
             if all(one.done for one in self.servers):
                 return
             if all(one.done for one in self.crew):
@@ -208,8 +216,6 @@ class Launch:
             return
         self.stopped = True
         self.say(f"{signal.Signals(number).name}: workers finish their steps and leave, and a snapshot is written")
-        for one in self.crew:
-            one.tell(signal.SIGTERM)
 
 
 def _tail(path: Path) -> str:
