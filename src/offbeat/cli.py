@@ -326,14 +326,13 @@ class Launch(Command):
         flags += ["--timeout", str(self.timeout), "--every", str(self.every), "--evaluations", str(self.evaluations)]
         if gradients:
             flags += ["--gradients", str(gradients)]
+        said = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
         with _told():
             if self.method is not None or not self.script:
                 method = warmed(self.settings, self.warmup, gradients or 1, self.workers)
-                if not isinstance(method, ServerMethod):
-                    refuse(
-                        self, "method", self.method, "it has no server, and real processes need one so far; simulate it"
-                    )
+                method.check(self.workers)
                 flags += ["--method", repr(method)]
+                said["OFFBEAT_METHOD"] = repr(method)
             if self.script:
                 if not Path(self.script[0]).is_file():
                     raise ValueError(f"{self.script[0]}: there is no such file")
@@ -353,7 +352,7 @@ class Launch(Command):
                 self.workers,
                 self.shards,
                 self.restarts,
-                environment={} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"},
+                environment=said,
                 resume=self.resume,
                 say=lambda text: err.print(f"offbeat: {escape(text)}"),
                 watch=tell,
@@ -407,8 +406,8 @@ class Serve(Command):
     """Where trace, snapshots and model go."""
 
     def run(self, argv: Sequence[str]) -> int:
-        from .runtime.server import RunServer
-        from .runtime.server import Terms as RunTerms
+        from .runtime.coordinator import host_for
+        from .runtime.host import Terms as RunTerms
 
         folder = _folder(self.out)
         if "OMP_NUM_THREADS" not in os.environ:
@@ -427,7 +426,7 @@ class Serve(Command):
                 self.shard,
             )
             token = os.environ.get("OFFBEAT_TOKEN", "")
-            server = RunServer(terms, token, folder, read, _log, self.host, self.port)
+            server = host_for(terms)(terms, token, folder, read, _log, self.host, self.port)
             if self.resume:
                 server.resume()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -440,6 +439,11 @@ class Serve(Command):
                 err.print(f"offbeat: workers may join with OFFBEAT_SERVER={address}")
             watch = _Evaluating(server, self.evaluations, tell)
             server.run(watch.look, watch.end)
+            if server.other is not None:  # the first worker has named a method of the other kind, and will be back
+                terms = replace(terms, method=server.other.method)
+                server = host_for(terms)(terms, token, folder, read, _log, self.host, server.port)
+                watch = _Evaluating(server, self.evaluations, tell)
+                server.run(watch.look, watch.end)
         return 0
 
 
@@ -469,18 +473,18 @@ class Work(Command):
         if self.problem is None:
             raise Refused("nothing to do: give a script, or a task such as --problem 'Digits()'")
         from .runtime.link import LinkLost
-        from .runtime.worker import Place, Remote, Worker, train
+        from .runtime.replica import enter
+        from .runtime.worker import Place, train
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         stopped = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())
         with _told():
             problem, place = read(self.problem), Place.read()
-            hello = {"method": place.method, "problem": repr(problem), "layout": None}
+            method = read(place.method) if place.method else None
+            hello = {"problem": repr(problem), "layout": None}
             try:
-                remote = Remote(place, problem.x0(), hello, read)
-                remote.stopped = stopped.is_set
-                worker = Worker(remote, _log)
+                worker = enter(place, problem.x0(), method, hello, read, _log, stopped.is_set)
                 train(worker, problem, self.speed, self.faults, stopped.is_set)
             except (LinkLost, Failure) as error:
                 err.print(f"offbeat: {escape(str(error))}")
@@ -747,11 +751,11 @@ def _log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} offbeat: {text}", file=sys.stderr, flush=True)
 
 
-def _method(text: str) -> ServerMethod:
-    """A server method by name, by name with settings, or as a value."""
+def _method(text: str) -> Method:
+    """A method by name, by name with settings, or as a value."""
     value = read(text) if text[:1].isupper() else entry(text)
-    if not isinstance(value, ServerMethod):
-        raise ValueError(f"{text} has no server: take a server method such as dana-zero")
+    if not isinstance(value, Method):
+        raise ValueError(f"{text} is no method: offbeat methods lists them")
     return value
 
 

@@ -57,15 +57,8 @@ class GlooLink(Link):
     def _group(self) -> None:
         """Make the group at the first payload: both ends are there then."""
         if self.pair is None:
-            options = c10d.ProcessGroupGloo._Options()
             host = self.sock.getsockname()[0]
-            options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
-            options._timeout = timedelta(seconds=self.timeout)
-            store = c10d.PrefixStore(self.prefix, self.store)
-            try:
-                self.pair = c10d.ProcessGroupGloo(store, int(not self.accepts), 2, options)
-            except RuntimeError as error:
-                raise LinkLost(f"no process group with {self.name} ({_first(error)})") from None
+            self.pair = group(self.store, self.prefix, int(not self.accepts), 2, host, self.timeout)
             self.store = None  # the group has what it needs
 
     def _done(self, start: Any, verb: str) -> None:
@@ -73,6 +66,17 @@ class GlooLink(Link):
             start().wait()
         except RuntimeError as error:
             raise LinkLost(f"{self.name} {verb} no payload ({_first(error)})") from None
+
+
+def group(store: Any, prefix: str, rank: int, size: int, host: str, timeout: float) -> Any:
+    """A process group among those who give the same ``prefix``, over the network of ``host``. Raises `LinkLost`."""
+    options = c10d.ProcessGroupGloo._Options()
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = timedelta(seconds=timeout)
+    try:
+        return c10d.ProcessGroupGloo(c10d.PrefixStore(prefix, store), rank, size, options)
+    except RuntimeError as error:
+        raise LinkLost(f"no process group of {size} ({_first(error)})") from None
 
 
 def join_store(host: str, port: int, timeout: float) -> Any:

@@ -110,13 +110,16 @@ class Link:
                 self.put(payload)
         self.sent_bytes += header.length
 
-    def recv(self, due: dict[Kind, int], what: str) -> Frame:
+    def recv(self, due: dict[Kind, int], what: str, patient: bool = False) -> Frame:
         """The next frame that is no sign of life. ``due`` says which kinds may come, and how many bytes each has.
 
         Raises `Corrupt` for a frame that is not due or whose payload does not meet its checksum, `LinkLost` where the
-        other end hangs up or is silent for `timeout`; ``what`` is what is waited for, for the message.
+        other end hangs up or is silent for `timeout`; ``what`` is what is waited for, for the message. One that is
+        ``patient`` bears silence before the frame: the kernel notices a dead machine.
         """
         while True:
+            while patient and not self.waiting(self.timeout):
+                pass
             header = Header.unpack(self._read(SIZE, what))
             note = self._note(header)
             if header.kind == Kind.BEAT:

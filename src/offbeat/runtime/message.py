@@ -35,6 +35,18 @@ class Kind(IntEnum):
     LEAVE = 7  # the worker goes in good order
     REFUSED = 8  # what was sent was not taken; the note says why
     OVER = 9  # the run is over, or ends now: leave
+    # of peers and their coordinator
+    BEGIN = 10  # a peer has delivered everything and begins a round
+    VIEW = 11  # asks who is in a round
+    REDUCE = 12  # asks for an average
+    VOTE = 13  # says whether it has come about
+    STEP = 14  # a gradient was taken
+    NEWS = 15  # who is there
+    ANSWER = 16  # to what was asked, or that a message was taken
+    SEND = 17  # a peer's message to another
+    ASK = 18  # a message that is answered
+    STATE = 19  # the state that a newcomer begins with
+    HEIR = 20  # the state of a peer that leaves, for another to take over
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sa
 from ..core.method import Method, ServerMethod
 from ..core.seeds import derive
 from ..tasks.flat import Flat
-from .worker import Alone, Exchange, Place, Remote, Worker
+from .peer import Peer, Solitary
+from .worker import Alone, Driver, Parse, Place, Remote, Worker
 
 T = TypeVar("T")
 
@@ -55,10 +56,8 @@ class Replica:
         """``place`` is where the run is; None: what the environment says."""
         from ..names import read  # which knows everybody, so not at import
 
-        if method is not None and not isinstance(method, ServerMethod):
-            raise TypeError(
-                f"method = {method!r}: a Replica exchanges with a server; take a server method such as DanaZero(lr=0.05)"
-            )
+        if method is not None and not isinstance(method, Method):
+            raise TypeError(f"method = {method!r}: give a method such as DanaZero(lr=0.05)")
         place = place or Place.read()
         if place.method and method is not None and repr(read(place.method)) != repr(method):
             raise ValueError(
@@ -66,17 +65,10 @@ class Replica:
             )
         self.model, self.flat = model, Flat(model)
         self._leaving = False
-        exchange: Exchange
-        if place.servers:
-            layout = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
-            said = repr(method) if method is not None else place.method
-            exchange = remote = Remote(place, self.flat.data.clone(), {"method": said, "layout": layout}, read)
-            remote.stopped = lambda: self._leaving
-        elif method is None and not place.method:
-            raise ValueError("method = None: give one, or start the script with `offbeat launch --method NAME`")
-        else:
-            exchange = Alone(method or read(place.method), self.flat.data.clone())
-        self.worker = Worker(exchange, _say)
+        layout = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
+        method = method if method is not None or not place.method else read(place.method)
+        x0 = self.flat.data.clone()
+        self.worker = enter(place, x0, method, {"layout": layout}, read, _say, lambda: self._leaving)
         self._life = 0  # of the worker, whose parameters the model holds
         self._shown = False  # whether the model holds the shipped parameters instead
         self._own()
@@ -183,10 +175,32 @@ class Replica:
         self.leave(done=not hasattr(sys, "last_value"))
 
 
+def enter(
+    place: Place,
+    x0: Tensor,
+    method: Method | None,
+    hello: dict[str, Any],
+    parse: Parse,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> Driver:
+    """Join the run at ``place`` with a model at ``x0`` [d], or be one alone where there is none."""
+    if not place.servers:
+        if method is None:
+            raise ValueError("method = None: give one, or start the script with `offbeat launch --method NAME`")
+        return Worker(Alone(method, x0), say) if isinstance(method, ServerMethod) else Solitary(method, x0, say)
+    hello = {**hello, "method": "" if method is None else repr(method)}
+    if method is not None and not isinstance(method, ServerMethod):
+        return Peer(place, x0, hello, parse, say)
+    remote = Remote(place, x0, hello, parse)
+    remote.stopped = stopped
+    return Worker(remote, say)
+
+
 class _Deal(Sampler[list[int]]):
     """The minibatches of a pass that this worker draws, as indices of the data set."""
 
-    def __init__(self, loader: DataLoader[Any], worker: Worker, number: int) -> None:
+    def __init__(self, loader: DataLoader[Any], worker: Driver, number: int) -> None:
         self.loader, self.worker, self.number = loader, worker, number
         self.orders: dict[int, list[list[int]]] = {}
         self.lives: deque[int] = deque()  # of the worker, when it drew each minibatch that is still being loaded

@@ -8,6 +8,7 @@ import os
 import secrets
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +17,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..core.method import Message, ServerMethod
+from ..core.method import Message, Method, ServerMethod
 from ..core.problem import Problem
 from ..core.protocol import Ask, Gradient, Loop, Node, Server, loop
 from ..engines.faults import Fault
 from ..engines.speed import Speed
 from ..failure import Diverged
 from ..trace import Trace
-from .link import Frame, Link, LinkLost, SharedLink, dial, machine
+from .link import Frame, Link, LinkLost, dial, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, leaves, rebuild
 from .server import forms
+from .way import taken
 
 Parse = Callable[[str], Any]
 
@@ -69,7 +71,7 @@ class Terms(NamedTuple):
     """What a worker is told when it joins."""
 
     worker: int
-    method: ServerMethod
+    method: Method
     seed: int
     workers: int
     step: int  # gradients of this worker's earlier lives
@@ -221,14 +223,7 @@ class Remote(Exchange):
             note = frame.note
             link.timeout = note["timeout"]
             link.sock.settimeout(link.timeout)
-            if note["transport"] == "shared":
-                theirs, mine = note["sizes"]
-                link = SharedLink(link.sock, link.name, link.timeout, (mine, theirs), note["path"])
-            elif note["transport"] == "gloo":
-                from .gloo import GlooLink, join_store
-
-                store = join_store(address.rpartition(":")[0].strip("[]"), note["store"], link.timeout)
-                link = GlooLink(link.sock, link.name, link.timeout, store, note["prefix"])
+            link = taken(link, note, address)
         except BaseException:
             link.close()
             raise
@@ -316,34 +311,19 @@ class Remote(Exchange):
                     shard.link.beat(shard.head)
 
 
-class Worker:
+class Driver(ABC):
     """Drives the loop of a method: `x` is where the next gradient is to be taken, `step` takes it."""
 
-    def __init__(self, exchange: Exchange, say: Callable[[str], None]) -> None:
-        self.exchange, self.say = exchange, say
+    terms: Terms
+    node: Node
+    request: Gradient
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
         self.tickets: deque[int] = deque()
         self.life = 0  # how often it has joined
-        self._used = 0  # minibatches since the last exchange
-        self._losses: list[float] = []
-        self._computes: list[float] = []
-        self._waited = 0.0
-        self._begin(exchange.join())
-        self._since = time.perf_counter()
-
-    def _begin(self, terms: Terms) -> None:
-        """A life begins with the first reply."""
-        self.life += 1
-        self.terms = terms
-        self.node = Node(terms.worker, terms.method, terms.method.init(terms.reply), terms.step, seed=terms.seed)
-        self.loop: Loop = loop(terms.method, self.node)
-        self.request = self._gradient(next(self.loop))
-        self.tickets = deque(terms.tickets)
-        self._used, self._losses, self._computes = 0, [], []
-
-    @staticmethod
-    def _gradient(request: Any) -> Gradient:
-        assert isinstance(request, Gradient)
-        return request
+        self._used = 0  # minibatches since that was last said
+        self._since, self._waited = time.perf_counter(), 0.0
 
     @property
     def x(self) -> Tensor:
@@ -358,7 +338,7 @@ class Worker:
     def ticket(self, before: float = math.inf) -> int | None:
         """The number of a minibatch that nobody else has; None where the next is not ``before`` that, or all are out."""
         if not self.tickets:
-            more = self._again(lambda: self.exchange.more(1))  # named first: a new life has other tickets
+            more = self.more()  # named first: a new life has other tickets
             self.tickets.extend(more)
         return self.tickets.popleft() if self.tickets and self.tickets[0] < before else None
 
@@ -366,8 +346,55 @@ class Worker:
         """A minibatch is being used: the one that was drawn first of those that were not."""
         self._used += 1
 
+    @abstractmethod
     def step(self, g: Tensor, loss: float) -> None:
         """Take the gradient ``g`` [d] that was computed at `x`, and exchange if it is time to."""
+
+    @abstractmethod
+    def more(self) -> list[int]:
+        """Another minibatch; none where there are none left."""
+
+    @abstractmethod
+    def master(self) -> Tensor:
+        """The model that would be shipped now, as far as this worker can know. [d]"""
+
+    @abstractmethod
+    def leave(self, done: bool) -> None:
+        """Go in good order; ``done`` says that the worker has nothing more to do."""
+
+
+class Worker(Driver):
+    """A worker of a method with a server."""
+
+    def __init__(self, exchange: Exchange, say: Callable[[str], None]) -> None:
+        super().__init__(say)
+        self.exchange = exchange
+        self._losses: list[float] = []
+        self._computes: list[float] = []
+        self._begin(exchange.join())
+        self._since = time.perf_counter()
+
+    def _begin(self, terms: Terms) -> None:
+        """A life begins with the first reply."""
+        self.life += 1
+        self.terms = terms
+        assert isinstance(terms.method, ServerMethod)
+        self.node = Node(terms.worker, terms.method, terms.method.init(terms.reply), terms.step, seed=terms.seed)
+        self.loop: Loop = loop(terms.method, self.node)
+        self.request = self._gradient(next(self.loop))
+        self.tickets = deque(terms.tickets)
+        self._used, self._losses, self._computes = 0, [], []
+
+    @staticmethod
+    def _gradient(request: Any) -> Gradient:
+        assert isinstance(request, Gradient)
+        return request
+
+    def more(self) -> list[int]:
+        tickets: list[int] = self._again(lambda: self.exchange.more(1))
+        return tickets
+
+    def step(self, g: Tensor, loss: float) -> None:
         now = time.perf_counter()
         self._losses.append(loss)
         self._computes.append(now - self._since)
@@ -395,12 +422,10 @@ class Worker:
         self._waited = self._since - now
 
     def master(self) -> Tensor:
-        """The model that would be shipped now. [d]"""
         x: Tensor = self._again(self.exchange.master)
         return x
 
     def leave(self, done: bool) -> None:
-        """Go in good order; ``done`` says that the worker has nothing more to do."""
         self.exchange.leave({"done": done, "used": self._used})
 
     def _again(self, what: Callable[[], Any]) -> Any:
@@ -418,7 +443,7 @@ class Worker:
 
 
 def train(
-    worker: Worker,
+    worker: Driver,
     problem: Problem,
     speed: Speed | None = None,
     faults: Sequence[Fault] = (),

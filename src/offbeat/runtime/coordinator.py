@@ -1,0 +1,241 @@
+"""The coordinator of a run without a server: it knows who is there and which round they are in. Models go between peers.
+
+Peers ask it where to go on (`BEGIN`), who is in a round (`VIEW`), and for averages (`REDUCE`, `VOTE`); it tells all of them
+who has come and gone (`NEWS`). From time to time each shows its model, so that there is a mean to evaluate, to keep and
+to start from again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.gossip import GossipMethod
+from ..core.method import Method
+from ..core.periodic import PeriodicMethod
+from .host import Host, Refused, Session, Terms
+from .link import Frame, Link, LinkLost
+from .message import Corrupt, Header, Kind, finite
+from .room import Average, Room, Seat
+from .server import RunServer
+from .way import Stores
+
+
+@dataclass(eq=False)
+class Attendance(Session):
+    """One life of one peer."""
+
+    seat: Seat | None = None
+    done: bool = False  # whether its loop has ended
+    show: bool = False  # whether it is to show its model when it next goes on
+    average: Average | None = None  # the one that it has asked for
+
+
+class Coordinator(Host):
+    """The coordinator of a run with a gossip or periodic method."""
+
+    kind = Method
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.room: Room | None = None
+        self.start: Tensor | None = None  # where newcomers begin when nobody is there
+        self.step = 0  # the round that they begin with then
+        self.shown: dict[int, Tensor] = {}  # the models that peers have shown last
+        self.founders: list[Attendance] = []
+        self.changed = threading.Condition(self.lock)
+        self.stores = Stores()
+        self.gathered = 0.0
+
+    @property
+    def running(self) -> bool:
+        return self.start is not None
+
+    def x(self) -> Tensor:
+        if not self.shown:
+            assert self.start is not None
+            return self.start
+        return torch.stack(list(self.shown.values())).mean(0)
+
+    def _begin(self, x: Tensor) -> None:
+        assert self.method is not None
+        self.start, self.room = x, Room(self.method)
+        self.gathered = time.monotonic()
+
+    def _meet(self, link: Link, note: dict[str, Any], head: Header) -> tuple[Attendance, dict[str, Any]]:
+        if not note.get("peer"):
+            raise Refused(
+                f"{self.method!r} has no server, and the worker wants one: start the same versions everywhere"
+            )
+        assert self.method is not None
+        self.method.check(max(self.terms.workers, 1))
+        seat = Seat(head.worker, head.incarnation, str(note.get("address")), str(note.get("machine")))
+        _, port = self.stores.made(self.host, self.terms.timeout)
+        way = {"transport": self.terms.transport, "store": port}
+        return Attendance(head.worker, head.incarnation, note.get("process"), link, head, seat=seat), way
+
+    def _join(self, session: Attendance, note: dict[str, Any]) -> None:
+        assert self.room is not None
+        assert session.seat is not None
+        if self.room.seats:
+            donor = self.room.enter(session.seat)
+            if donor is not None:
+                self._news()
+                self._send(
+                    self.sessions[donor.worker], Kind.NEWS, {"alive": self._alive(), "welcome": [session.seat.about()]}
+                )
+        else:
+            self.founders.append(session)
+            threading.Thread(target=self._found, args=(len(self.founders) == 1,), daemon=True).start()
+
+    def _found(self, first: bool) -> None:
+        """The run begins when all who were launched are there, or when they have had time enough to come."""
+        with self.changed:
+            end = time.monotonic() + self.terms.timeout
+            while first and len(self.founders) < self.terms.workers and time.monotonic() < end:
+                self.changed.wait(0.2)
+            if not first or not self.founders:
+                self.changed.notify_all()
+                return
+            assert self.room is not None
+            assert self.start is not None
+            founders, self.founders = self.founders, []
+            start, step = self.x(), self.step
+            if isinstance(self.method, PeriodicMethod):
+                step = self.method.boundary(step)
+            self.room.found([s.seat for s in founders if s.seat is not None], step)
+            self.start, self.shown = start, {}
+            self._news()
+            payload = self._model.pack(start)
+        for session in founders:
+            try:
+                session.link.send(session.head._replace(kind=Kind.MODEL, step=step), payload)
+            except LinkLost:
+                session.link.hang_up()
+
+    def _alive(self) -> dict[str, Any]:
+        assert self.room is not None
+        return {str(worker): seat.about() for worker, seat in self.room.seats.items()}
+
+    def _news(self) -> None:
+        """Tell all who is there; under the lock."""
+        for session in list(self.sessions.values()):
+            self._send(session, Kind.NEWS, {"alive": self._alive(), "all": True})
+
+    def _send(self, session: Attendance, kind: Kind, note: Any) -> None:
+        try:
+            session.link.send(session.head._replace(kind=kind), None, note)
+        except LinkLost:
+            session.link.hang_up()  # whose thread sees it
+
+    def _serve(self, session: Attendance) -> bool:
+        due = dict.fromkeys((Kind.BEGIN, Kind.VIEW, Kind.REDUCE, Kind.VOTE, Kind.STEP, Kind.LEAVE), 0)
+        due[Kind.MODEL] = self._model.bytes
+        while True:
+            frame = session.link.recv(due, "its next word")
+            header, note = frame.header, frame.note if isinstance(frame.note, dict) else {}
+            if (header.worker, header.incarnation) != (session.worker, session.incarnation):
+                raise Corrupt(
+                    f"life {header.incarnation} of worker {header.worker} speaks on another one's link: refused"
+                )
+            if header.kind == Kind.LEAVE:
+                with self.lock:
+                    session.done = bool(note.get("done"))
+                    self.finished += session.done
+                    self._used(session, note.get("used"))
+                return True
+            answer = self._hear(session, frame, note)
+            if answer is not None:
+                session.link.send(session.head._replace(kind=Kind.ANSWER), None, answer)
+
+    def _hear(self, session: Attendance, frame: Frame, note: dict[str, Any]) -> dict[str, Any] | None:
+        """What a peer says, and the answer, if there is one to give."""
+        header, room = frame.header, self.room
+        assert room is not None
+        if header.kind in (Kind.REDUCE, Kind.VOTE):
+            return self._average(session, header.kind, note)
+        with self.changed:
+            if header.kind == Kind.MODEL:
+                x = self._model.unpack(frame.payload)
+                if not finite(x):
+                    raise Refused(self._diverged(session, header.step, "its model is not finite"))
+                self.shown[session.worker] = x
+                self.step = max(self.step, header.step)
+                return None
+            if header.kind == Kind.STEP:
+                self._record(session, self.steps.get(session.worker, 0), 1, note, 0, {})
+                return None
+            if header.kind == Kind.VIEW:
+                return {"members": room.views.at(int(note["step"]))}
+            tickets = self._hand(session, note)
+            if note.get("more") or session.worker not in room.seats:
+                return {"tickets": tickets, "welcome": [], "show": False}
+            self.step = max(self.step, header.step)
+            newcomers = room.begin(session.worker, int(note["step"]))
+            if newcomers:
+                self._news()
+            if time.monotonic() - self.gathered > min(1.0, self.terms.every / 4):
+                self.gathered = time.monotonic()
+                for other in self.sessions.values():
+                    other.show = True
+            show, session.show = session.show, False
+            return {"tickets": tickets, "welcome": [seat.about() for seat in newcomers], "show": show}
+
+    def _average(self, session: Attendance, kind: Kind, note: dict[str, Any]) -> dict[str, Any]:
+        """Wait for all who take part in an average, or for their votes on it."""
+        room = self.room
+        assert room is not None
+        with self.changed:
+            if kind == Kind.REDUCE:
+                members = tuple(int(m) for m in note["members"])
+                average = session.average = room.reduce(session.worker, members, int(note["round"]))
+            else:
+                assert session.average is not None
+                average = session.average
+                room.vote(session.worker, average, bool(note["good"]))
+            self.changed.notify_all()
+            while not (average.ranks if kind == Kind.REDUCE else average.good is not None):
+                if self.stopping.is_set() or self.sessions.get(session.worker) is not session:
+                    raise LinkLost(f"worker {session.worker} is gone while an average waited")
+                self.changed.wait(self.terms.beat)
+                session.link.beat(session.head)
+                session.link.drain()
+                if time.monotonic() - session.link.heard > self.terms.timeout:
+                    raise LinkLost(
+                        f"worker {session.worker} was silent for {self.terms.timeout:g} s while an average waited"
+                    )
+            if kind == Kind.REDUCE:
+                return {"group": average.group, "ranks": list(average.ranks)}
+            return {"good": average.good}
+
+    def _part(self, session: Attendance, orderly: bool) -> None:
+        assert self.room is not None
+        if session in self.founders:
+            self.founders.remove(session)
+        if not session.done and len(self.shown) > 1:
+            self.shown.pop(session.worker, None)
+        for seat in self.room.leave(session.worker):
+            if seat.worker in self.sessions:
+                self._join(self.sessions[seat.worker], {})
+        if not self.room.seats and self.shown:
+            self.start = self.x()
+        self._news()
+        self.changed.notify_all()
+
+    def _content(self) -> dict[str, Any]:
+        return {"version": 0, "x": self.x(), "round": self.step}
+
+    def _restore(self, method: Any, content: dict[str, Any]) -> list[int]:
+        self._begin(content["x"])
+        self.step = content["round"]
+        return []
+
+
+def host_for(terms: Terms) -> type[Host]:
+    """What hosts a run on these terms; a server, where the method is still to be named."""
+    return Coordinator if isinstance(terms.method, GossipMethod | PeriodicMethod) else RunServer

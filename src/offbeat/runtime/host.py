@@ -1,0 +1,690 @@
+"""What keeps a real run together: workers come and go over links, each served by a thread of its own.
+
+A `Host` knows who is there, hands out minibatches, records what happens, and keeps snapshots. What it says to a worker
+depends on the kind of method: `server.RunServer` has the model, `coordinator.Coordinator` only knows where it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import socket
+import threading
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeGuard
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..core.method import Method
+from ..core.problem import Problem
+from ..core.values import require, require_count
+from ..engines.simulator import messages
+from ..trace import Evaluation, Event, Incident, line
+from . import snapshot
+from .link import Link, LinkLost, accept, listen
+from .message import DTYPES, Corrupt, Form, Header, Kind, finite
+
+Parse = Callable[[str], Any]
+
+
+TRANSPORTS = ("auto", "shared", "gloo", "tcp")
+
+
+class Refused(ValueError):
+    """A message or a worker that is not taken: the reason, and how the run stays."""
+
+
+class Diverging(Refused):
+    """What a message holds, or would make of the model, is not finite."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a run is, as its server knows it."""
+
+    method: Method | None = None
+    """The method; None: the first worker says."""
+    gradients: int | None = None
+    """Minibatches that are handed out, all workers together; None: until the workers' own loops end."""
+    workers: int = 1
+    """How many workers were launched; more may come."""
+    seed: int = 0
+    """What the order of the data follows from."""
+    transport: str = "auto"
+    """How payloads travel: shared, gloo, tcp, or auto: shared within a machine and gloo between two."""
+    timeout: float = 30.0
+    """Seconds of silence after which the other end of a link is taken for dead."""
+    beat: float = 1.0
+    """Seconds between two signs of life."""
+    every: float = 30.0
+    """Seconds between two snapshots."""
+    shard: tuple[int, int] = (0, 1)
+    """Which part of the model this server has, of how many."""
+
+    def __post_init__(self) -> None:
+        if self.gradients is not None:
+            require_count(self, "gradients")
+        require_count(self, "workers")
+        require(self, "transport", self.transport in TRANSPORTS, f"choose one of {', '.join(TRANSPORTS)}")
+        for name in ("timeout", "every"):
+            require(self, name, 0 < getattr(self, name) < math.inf, "must be finite and above 0 seconds")
+        require(
+            self, "beat", 0 < self.beat < self.timeout, f"must be above 0 and below the timeout, {self.timeout:g} s"
+        )
+        require(self, "shard", 0 <= self.shard[0] < self.shard[1], "must be a number from 0 on, and how many there are")
+
+
+class Tickets:
+    """Numbers of minibatches, each handed out once; those of a worker that died come back."""
+
+    def __init__(self, total: int | None) -> None:
+        self.total, self.next, self.done = total, 0, 0
+        self.returned: deque[int] = deque()
+
+    def take(self, count: int) -> list[int]:
+        """Up to ``count`` numbers; none where all are handed out."""
+        taken: list[int] = []
+        while len(taken) < count and self.returned:
+            taken.append(self.returned.popleft())
+        while len(taken) < count and (self.total is None or self.next < self.total):
+            taken.append(self.next)
+            self.next += 1
+        return taken
+
+
+class OtherKind(Exception):
+    """The first worker names a method of another kind than this host's: ``method``."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__(f"{method!r} is of another kind")
+        self.method = method
+
+
+@dataclass(eq=False)
+class Session:
+    """One life of one worker."""
+
+    worker: int
+    incarnation: int
+    process: Any  # what tells the worker's process from all others
+    link: Link
+    head: Header
+    held: deque[int] = field(default_factory=deque)  # tickets that it has and has not used
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    moments: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # of its last gradients
+    lag: int = 0
+    gap: float = math.nan
+
+
+class Host(ABC):
+    """The host of one run, in folder ``folder``; ``parse`` reads a method's ``repr``, ``say`` logs a line."""
+
+    kind: ClassVar[type[Method]]
+    """Methods of which it hosts runs."""
+
+    def __init__(
+        self,
+        terms: Terms,
+        token: str,
+        folder: Path,
+        parse: Parse,
+        say: Callable[[str], None],
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
+        if not token and not _loopback(host):
+            raise ValueError(f"host {host!r} can be reached from other machines: set OFFBEAT_TOKEN to a secret first")
+        self.terms, self.token, self.folder, self.parse, self.say = terms, token, folder, parse, say
+        self.host = host
+        self.method = terms.method
+        self.problem = ""
+        self.layout: list[Any] = []
+        self.dtype = torch.float32
+        self.parameters = 0
+        self.sessions: dict[int, Any] = {}
+        self.other: OtherKind | None = None
+        self.steps: dict[int, int] = {}  # gradients of each worker so far, all its lives together
+        self.tickets = Tickets(terms.gradients)
+        self.incarnation = 0
+        self.refused = 0
+        self.finished = 0  # workers whose own loop has ended
+        self.coming: list[int] = []  # numbers of workers that are being welcomed
+        self.lock = threading.RLock()
+        self.opening = threading.Lock()  # held by the worker that brings the first model
+        self.began = time.monotonic()
+        self.last = 0.0  # seconds at the last gradient
+        self.stopping = threading.Event()
+        self.snapshots = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self.journal: Any = None
+        self.listener = listen(host, port)
+        self.port = self.listener.getsockname()[1]
+
+    # what a kind of host writes
+
+    @property
+    @abstractmethod
+    def running(self) -> bool:
+        """Whether the run has a model."""
+
+    @abstractmethod
+    def x(self) -> Tensor:
+        """The model that would be shipped now, the caller's own; under the lock. [d]"""
+
+    @abstractmethod
+    def _begin(self, x: Tensor) -> None:
+        """The run begins at ``x`` [d]; under the lock."""
+
+    @abstractmethod
+    def _meet(self, link: Link, note: dict[str, Any], head: Header) -> tuple[Session, dict[str, Any]]:
+        """The session of a worker that has said hello, with the link that it will use, and what the worker is told of it."""
+
+    @abstractmethod
+    def _join(self, session: Any, note: dict[str, Any]) -> None:
+        """A worker is seated; under the lock."""
+
+    @abstractmethod
+    def _serve(self, session: Any) -> bool:
+        """Serve a worker until it leaves; True where it says so itself."""
+
+    @abstractmethod
+    def _part(self, session: Any, orderly: bool) -> None:
+        """A worker is no longer seated; under the lock."""
+
+    @abstractmethod
+    def _content(self) -> dict[str, Any]:
+        """What a snapshot holds of the model; under the lock."""
+
+    @abstractmethod
+    def _restore(self, method: Any, content: dict[str, Any]) -> list[int]:
+        """Take the model from a snapshot's content; the workers that were there then."""
+
+    # the run's life
+
+    def run(self, watch: Callable[[], None] = lambda: None, end: Callable[[], None] = lambda: None) -> None:
+        """Accept workers until the run is over or `stop` is called; then write what has become of it.
+
+        ``watch`` is called some times a second, while training goes on, and ``end`` when everybody has gone.
+        """
+        if not self.running and snapshot.put_aside(self.folder / "snapshots"):
+            self.say(f"a new run begins: the snapshots of the one before are in {self.folder / 'snapshots.before'}")
+        threading.Thread(target=self._accept, daemon=True).start()
+        due = time.monotonic() + self.terms.every
+        while not self.stopping.wait(0.2) and self.other is None:
+            with self.lock:
+                if self.over():
+                    break
+            watch()
+            if time.monotonic() >= due:
+                self.save()
+                due = time.monotonic() + self.terms.every
+        self.close(end)
+
+    def over(self) -> bool:
+        """Whether all minibatches are done, or all workers have ended their loops, and everybody has left."""
+        if self.sessions or not self.running:
+            return False
+        if self.terms.gradients is not None and self.tickets.done >= self.terms.gradients:
+            return True
+        return self.finished >= self.terms.workers
+
+    def stop(self) -> None:
+        """End as soon as possible, with a snapshot."""
+        self.stopping.set()
+
+    def close(self, end: Callable[[], None] = lambda: None) -> None:
+        """Hang up, write a last snapshot and the model; ``end`` is called before the trace is closed."""
+        self.stopping.set()
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)  # else who waits for the next worker would still take one
+        self.listener.close()
+        with self.lock:
+            for session in list(self.sessions.values()):
+                session.link.hang_up()
+                self._gone(session, False)
+            if not self.running:
+                return
+            self.save()
+            torch.save(self.state_dict(), self.folder / "model.part")
+            os.replace(self.folder / "model.part", self.folder / "model.pt")
+        end()
+        with self.lock:
+            self.journal.close()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model that would be shipped, by the names of the module's parameters; ``{"x": ...}`` where it has none."""
+        x = self.x().detach()
+        if not self.layout or sum(math.prod(shape) for _, shape in self.layout) != x.numel():
+            return {"x": x}
+        parts = torch.split(x, [math.prod(shape) for _, shape in self.layout])
+        return {name: part.view(shape).clone() for (name, shape), part in zip(self.layout, parts, strict=True)}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has lasted."""
+        return time.monotonic() - self.began
+
+    def status(self) -> dict[str, Any]:
+        """What there is to watch, now."""
+        with self.lock:
+            now = time.monotonic()
+            workers = [
+                {
+                    "worker": s.worker,
+                    "gradients": self.steps.get(s.worker, 0),
+                    "rate": _rate(s.moments),
+                    "lag": s.lag,
+                    "gap": s.gap,
+                    "loss": sum(s.losses) / len(s.losses) if s.losses else math.nan,
+                    "seen": now - s.link.heard,
+                    "life": s.incarnation,
+                }
+                for _, s in sorted(self.sessions.items())
+            ]
+            done = sum(self.steps.values())
+            return {
+                "seconds": self.seconds,
+                "gradients": done,
+                "total": self.terms.gradients,
+                "refused": self.refused,
+                "workers": workers,
+            }
+
+    # workers
+
+    def _accept(self) -> None:
+        while not self.stopping.is_set():
+            try:
+                sock, address = self.listener.accept()
+            except OSError as error:
+                if not self.stopping.wait(0.1):  # what is refused to one worker, such as too many files, passes
+                    self.say(f"a worker could not be accepted ({error.strerror or error})")
+                continue
+            threading.Thread(target=self._session, args=(sock, address), daemon=True).start()
+
+    def _session(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        name = f"the worker at {address[0]}:{address[1]}"
+        link: Link | None = None
+        session: Session | None = None
+        orderly = False
+        try:
+            link = accept(sock, self.token, name, self.terms.timeout)
+            session = self._welcome(link)
+            orderly = self._serve(session)
+        except PermissionError as error:
+            self._refuse(f"{error}: no link is made")
+        except Corrupt as corrupt:
+            self._refuse(str(corrupt))
+            self._tell(link, str(corrupt), "corrupt")
+        except Refused as refused:
+            self._refuse(str(refused))
+            self._tell(link, str(refused), "diverged" if isinstance(refused, Diverging) else "refused")
+        except LinkLost as lost:
+            if not self.stopping.is_set():
+                self.say(str(lost))
+        except Exception as error:  # ours; one worker's link is no reason to lose the run
+            self._refuse(f"{link.name if link else name}: {error!r}\n{traceback.format_exc()}")
+            self._tell(link, f"the server failed ({error!r}): see its log", "corrupt")
+        finally:
+            if session is not None:
+                with self.lock:
+                    self._gone(session, orderly)
+                    finished = self.finished
+                if orderly and finished and not self.over():
+                    self.save()  # who has finished does not come again, should the server have to
+                session.link.close()
+            (link or sock).close()
+
+    def _welcome(self, link: Link) -> Session:
+        """Agree with a worker on the run, and seat it."""
+        hello = link.recv({Kind.HELLO: 0}, "its hello")
+        note = hello.note if isinstance(hello.note, dict) else {}
+        better, worker = link, -1
+        try:
+            with self.opening if not self.running else contextlib.nullcontext():  # the first one brings the model
+                first = not self.running
+                try:
+                    with self.lock:
+                        self._agree(hello.header, note)
+                        worker = self._number(note)
+                        self.coming.append(worker)
+                        self.incarnation += 1
+                        head = Header(Kind.REPLY, DTYPES.index(self.dtype), worker, self.incarnation)
+                    link.name = f"worker {worker}"
+                    assert self.method is not None
+                    session, way = self._meet(link, note, head)
+                    better = session.link
+                    terms = {
+                        "worker": worker,
+                        "incarnation": head.incarnation,
+                        "method": repr(self.method),
+                        "seed": self.terms.seed,
+                        "workers": self.terms.workers,
+                        "beat": self.terms.beat,
+                        "timeout": self.terms.timeout,
+                        **way,
+                    }
+                    link.send(head._replace(kind=Kind.WELCOME), None, {**terms, "model": first})
+                    if first:
+                        frame = better.recv({Kind.MODEL: self._model.bytes}, "the model")
+                        self._start(self._model.unpack(frame.payload))
+                finally:
+                    if not self.running:  # whoever comes next is the first
+                        self.method, self.parameters, self.problem, self.layout = self.terms.method, 0, "", []
+            return self._seat(session, note)
+        except BaseException:
+            if better is not link:
+                better.close()
+            raise
+        finally:
+            if worker >= 0:
+                with self.lock:
+                    self.coming.remove(worker)
+
+    def _seat(self, session: Session, note: dict[str, Any]) -> Session:
+        """A worker's life begins."""
+        worker = session.worker
+        with self.lock:
+            if self.stopping.is_set():
+                raise LinkLost("the server ends")
+            old = self.sessions.get(worker)
+            if old is not None:
+                self.say(f"worker {worker} is back: its link before is dead")
+                old.link.hang_up()
+                self._gone(old, False)
+            self.sessions[worker] = session
+            self._join(session, note)
+            self._note(Incident(self.seconds, worker, "joined"))
+        self.say(f"worker {worker} has joined over {session.link.transport}")
+        return session
+
+    @property
+    def _model(self) -> Form:
+        return Form(torch.empty(self.parameters, dtype=self.dtype, device="meta"))
+
+    def _agree(self, header: Header, note: dict[str, Any]) -> None:
+        """Refuse a worker that is at another run; the first one says what the terms leave open."""
+        if note.get("shard", [0, 1]) != list(self.terms.shard):
+            raise Refused(
+                f"this server has shard {self.terms.shard}, and the worker wants {str(note.get('shard'))[:100]}"
+            )
+        said = str(note.get("method") or "")
+        if self.method is None:
+            if not said:
+                raise Refused("neither the worker nor the launcher names a method: give --method, or one to Replica")
+            try:
+                method = self.parse(said)
+            except ValueError as error:
+                raise Refused(str(error)) from None
+            if not isinstance(method, self.kind):
+                if not isinstance(method, Method):
+                    raise Refused(f"{said[:200]} is no method")
+                self.other = OtherKind(method)
+                raise LinkLost("the host changes, as the first worker's method is of another kind")
+            self.method = method
+        elif said and said != repr(self.method):
+            raise Refused(
+                f"the worker's method is {said[:300]}, the run's is {self.method!r}: name it in one place only"
+            )
+        parameters, dtype = note.get("parameters"), DTYPES[header.dtype]
+        if not _whole(parameters) or not 1 <= parameters < 1 << 48:
+            raise Refused(f"a model of {str(parameters)[:100]} parameters")
+        if self.parameters and (parameters, dtype) != (self.parameters, self.dtype):
+            raise Refused(
+                f"the worker's model has {parameters:,} parameters of {dtype}, the run's has {self.parameters:,} of "
+                f"{self.dtype}: start the same script everywhere"
+            )
+        if not self.parameters:
+            self.parameters, self.dtype = parameters, dtype
+            self.layout = _layout(note.get("layout"), parameters)
+            self.problem = str(note.get("problem") or "")
+
+    def _number(self, note: dict[str, Any]) -> int:
+        """The number that a worker gets: the one that the launcher has named or that it had before, if it is still free."""
+        asked = note.get("worker")
+        if asked is not None:
+            if not _whole(asked) or not 0 <= asked < 1 << 31:
+                raise Refused(f"worker {str(asked)[:100]}: its number must be a whole one from 0 to {(1 << 31) - 1}")
+            before = self.sessions.get(asked)
+            mine = asked not in self.coming if before is None else before.process == note.get("process")
+            if note.get("named", True) or mine:
+                return int(asked)
+        taken = {*self.sessions, *self.coming}
+        return next(i for i in range(len(taken) + 1) if i not in taken)
+
+    def _start(self, x: Tensor) -> None:
+        """The run begins at ``x``."""
+        if not finite(x):
+            raise Refused("the model that the worker brings is not finite: look at how it is initialised or loaded")
+        with self.lock:
+            assert self.method is not None
+            self._begin(x)
+            self.began = time.monotonic()
+            self._open("w", 0)
+            header = {
+                "engine": "runtime",
+                "method": repr(self.method),
+                "problem": self.problem,
+                "gradients": self.terms.gradients,
+                "seed": self.terms.seed,
+                "messages": messages(self.method),
+                "parameters": self.parameters,
+                "dtype": str(self.dtype),
+                "shard": list(self.terms.shard),
+                "transport": self.terms.transport,
+                "versions": {"offbeat": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            }
+            self._write(line(header))
+
+    def _hand(self, session: Session, note: dict[str, Any]) -> list[int]:
+        want = note.get("want", 1)
+        taken = self.tickets.take(want if isinstance(want, int) and 0 <= want <= 10_000 else 1)
+        session.held.extend(taken)
+        return taken
+
+    def _used(self, session: Session, count: Any) -> None:
+        """The worker has used so many of the minibatches that it was given first."""
+        for _ in range(min(count if isinstance(count, int) else 0, len(session.held))):
+            session.held.popleft()
+            self.tickets.done += 1
+
+    def _record(
+        self, session: Session, step: int, count: int, note: dict[str, Any], length: int, extra: dict[str, float]
+    ) -> None:
+        """Record ``count`` gradients of a worker from its ``step`` on, which took effect now; under the lock."""
+        now = self.last = self.seconds
+        losses, compute = _floats(note.get("losses"), count), _floats(note.get("compute"), count)
+        for k in range(count):
+            last = k == count - 1
+            event = Event(
+                now,
+                session.worker,
+                step + k,
+                session.lag,
+                session.gap,
+                math.nan,
+                losses[k],
+                extra if last else {},
+                compute[k],
+                _float(note.get("waited")) if k == 0 else 0.0,
+                float(length) if last else 0.0,
+            )
+            self._write(line(event))
+        self.steps[session.worker] = step + count
+        self._used(session, note.get("used"))
+        session.losses.extend(loss for loss in losses if math.isfinite(loss))
+        session.moments.extend([now] * count)
+
+    def _gone(self, session: Session, orderly: bool) -> None:
+        """A worker's life is over: under the lock."""
+        if self.sessions.get(session.worker) is not session:
+            return
+        del self.sessions[session.worker]
+        self.tickets.returned.extend(session.held)
+        lost = 0 if orderly else len(session.held)
+        session.held.clear()
+        self._note(Incident(self.seconds, session.worker, "left" if orderly else "crashed", lost))
+        self._part(session, orderly)
+        self.say(f"worker {session.worker} has left" if orderly else f"worker {session.worker} is lost")
+
+    # what is kept
+
+    def save(self) -> Path | None:
+        """Write a snapshot; the run goes on meanwhile, for states are never changed in place."""
+        with self.lock:
+            if not self.running:
+                return None
+            self.journal.flush()
+            self.snapshots += 1
+            content = {
+                "method": repr(self.method),
+                "problem": self.problem,
+                "layout": self.layout,
+                "parameters": self.parameters,
+                "dtype": DTYPES.index(self.dtype),
+                "shard": list(self.terms.shard),
+                "seconds": self.seconds,
+                "incarnation": self.incarnation,
+                "steps": dict(self.steps),
+                "finished": self.finished,
+                "tickets": [self.tickets.next, self.tickets.done],
+                "returned": [*self.tickets.returned, *(t for s in self.sessions.values() for t in s.held)],
+                "trace": self.journal.tell(),
+                **self._content(),
+            }
+            number = self.snapshots
+        return snapshot.write(self.folder / "snapshots", number, content)
+
+    def resume(self) -> bool:
+        """Go on from the newest whole snapshot of the folder; False where there is none.
+
+        Whoever was there then is taken for dead, and joins anew. What was done since the snapshot is lost: said in the log.
+        """
+        found = snapshot.newest(self.folder / "snapshots", self.say)
+        if found is None:
+            return False
+        path, content = found
+        said = content["method"]
+        if self.method is not None and repr(self.method) != said:
+            raise ValueError(f"{path} is of {said}, and the run of {self.method!r}: resume with the same method")
+        if tuple(content["shard"]) != self.terms.shard:
+            raise ValueError(f"{path} is of shard {content['shard']}, not of {list(self.terms.shard)}")
+        method = self.parse(said)
+        assert isinstance(method, Method)
+        if not isinstance(method, self.kind):
+            raise ValueError(f"{path} is of {said}, a method of another kind: name it with --method")
+        self.method, self.problem, self.layout = method, content["problem"], content["layout"]
+        self.parameters, self.dtype = content["parameters"], DTYPES[content["dtype"]]
+        there = self._restore(method, content)
+        self.incarnation, self.steps = content["incarnation"] + 1_000_000, dict(content["steps"])
+        self.finished = content["finished"]
+        self.tickets.next, self.tickets.done = content["tickets"]
+        self.tickets.returned.extend(content["returned"])
+        self.began = time.monotonic() - content["seconds"]
+        self.snapshots = int(path.stem)
+        lost, seconds = self._open("r+", content["trace"])
+        for worker in there:
+            self._note(Incident(self.seconds, worker, "crashed"))
+        self.say(
+            f"resumed from {path.name} at {sum(self.steps.values()):,} gradients; lost since then: {lost:,} gradients, "
+            f"{max(0.0, seconds - content['seconds']):.1f} s"
+        )
+        return True
+
+    def _open(self, mode: str, place: int) -> tuple[int, float]:
+        """Open the trace to go on after ``place`` bytes; how many gradients were recorded beyond it, and until when."""
+        path = self.folder / "trace.jsonl"
+        lost, seconds = 0, 0.0
+        if mode == "r+" and path.exists():
+            with open(path, encoding="utf-8") as file:
+                file.seek(place)
+                for text in file:
+                    with contextlib.suppress(ValueError):  # a line that was cut
+                        entry = json.loads(text)
+                        if "step" in entry:
+                            lost, seconds = lost + 1, entry["seconds"]
+        self.journal = open(path, mode if path.exists() else "w", encoding="utf-8")  # noqa: SIM115
+        self.journal.seek(place)
+        self.journal.truncate()
+        return lost, seconds
+
+    def _write(self, text: str) -> None:
+        if not self.journal.closed:  # what happens after the end is no part of the run
+            self.journal.write(text + "\n")
+
+    def _note(self, note: Incident | Evaluation) -> None:
+        self._write(line(note))
+
+    def evaluate(self, problem: Problem) -> None:
+        """Record how good the model is that would be shipped now; training goes on meanwhile."""
+        with self.lock:
+            x, done = self.x(), sum(self.steps.values())
+            seconds = self.seconds if self.sessions else self.last
+        figures = {name: float(value) for name, value in problem.evaluate(x).items()}
+        with self.lock:
+            self._note(Evaluation(seconds, done, figures))
+            self.journal.flush()
+
+    # refusals
+
+    def _refuse(self, why: str) -> None:
+        with self.lock:
+            self.refused += 1
+        self.say(f"refused: {why}")
+
+    def _tell(self, link: Link | None, why: str, what: str) -> None:
+        if link is not None:
+            with contextlib.suppress(LinkLost):
+                link.send(Header(Kind.REFUSED), None, {"why": why, "what": what})
+
+    def _diverged(self, session: Session, step: int, what: str) -> str:
+        with self.lock:
+            self._note(Incident(self.seconds, session.worker, "diverged"))
+        return f"worker {session.worker}, step {step}: {what}; lower the learning rate or lengthen the warm-up"
+
+
+def _loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _rate(moments: deque[float]) -> float:
+    span = moments[-1] - moments[0] if len(moments) > 1 else 0.0
+    return (len(moments) - 1) / span if span > 0 else math.nan
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def _whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _layout(given: Any, parameters: int) -> list[Any]:
+    """Names and shapes of a module's parameters as a worker has told them; none unless they fit."""
+    try:
+        layout = [(str(name), [int(n) for n in shape]) for name, shape in given]
+    except (TypeError, ValueError, OverflowError):
+        return []
+    fits = sum(math.prod(shape) for _, shape in layout) == parameters
+    return list(layout) if fits and all(n >= 0 for _, shape in layout for n in shape) else []
+
+
+def _floats(values: Any, count: int) -> list[float]:
+    """``count`` numbers of a note, nan for what is none."""
+    given = values if isinstance(values, list) else []
+    return [_float(value) for value in given[:count]] + [math.nan] * max(0, count - len(given))
