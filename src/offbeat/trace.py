@@ -53,11 +53,21 @@ class Evaluation(NamedTuple):
     figures: dict[str, float]
 
 
+class Deeds(NamedTuple):
+    """What a peer of a real run did and met, in its order: enough to do it again. See `engines.replay`."""
+
+    worker: int
+    life: int
+    deeds: list[list[Any]]
+
+
+Note = Incident | Evaluation | Deeds
+
 _COLUMNS = {"seconds": "d", "worker": "q", "step": "q", "lag": "q", "gap": "d", "normalised_gap": "d", "loss": "d"}
 _COLUMNS |= {"compute": "d", "waited": "d", "sent": "d", "transit": "d"}
 
 
-def line(what: Event | Incident | Evaluation | dict[str, Any]) -> str:
+def line(what: Event | Note | dict[str, Any]) -> str:
     """One line of a trace file: an event, a note, or the header."""
     if isinstance(what, dict):
         return json.dumps({"format": FORMAT, **what})
@@ -65,7 +75,7 @@ def line(what: Event | Incident | Evaluation | dict[str, Any]) -> str:
     if isinstance(what, Event):
         extra = fields.pop("extra")
         return json.dumps(fields | extra)
-    return json.dumps({"incident" if isinstance(what, Incident) else "evaluation": fields})
+    return json.dumps({type(what).__name__.lower(): fields})
 
 
 class Trace(Sequence[Event]):
@@ -73,7 +83,7 @@ class Trace(Sequence[Event]):
 
     def __init__(self, header: dict[str, Any] | None = None) -> None:
         self.header: dict[str, Any] = header or {}
-        self._notes: list[tuple[int, Incident | Evaluation]] = []  # and after how many events
+        self._notes: list[tuple[int, Note]] = []  # and after how many events
         self._columns = {name: array(code) for name, code in _COLUMNS.items()}
         self._extra: dict[str, array[float]] = {}
 
@@ -86,7 +96,7 @@ class Trace(Sequence[Event]):
         for name, figures in self._extra.items():
             figures.append(event.extra.get(name, math.nan))
 
-    def note(self, note: Incident | Evaluation) -> None:
+    def note(self, note: Note) -> None:
         """Record something that is no gradient."""
         self._notes.append((len(self), note))
 
@@ -134,7 +144,7 @@ class Trace(Sequence[Event]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def entries(self) -> Iterator[Event | Incident | Evaluation]:
+    def entries(self) -> Iterator[Event | Note]:
         """Events and notes, as they occurred."""
         notes = list(reversed(self._notes))
         for count, event in enumerate(self):
@@ -180,6 +190,8 @@ class Trace(Sequence[Event]):
             self.note(Incident(**line["incident"]))
         elif "evaluation" in line:
             self.note(Evaluation(**line["evaluation"]))
+        elif "deeds" in line:
+            self.note(Deeds(**line["deeds"]))
         else:
             extra = {name: line.pop(name) for name in list(line) if name not in _COLUMNS}
             self.add(Event(**line, extra=extra))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..core.method import Method, ServerMethod
+import torch
+
+from ..core.gossip import GossipMethod, PairGossipMethod
+from ..core.method import Message, Method, ServerMethod
 from ..core.problem import Problem
-from ..core.protocol import Ask, Gradient, Loop, Node, Server, loop
-from ..trace import Event, Incident, Trace
+from ..core.protocol import AllReduce, Ask, Gradient, Inbox, Loop, Node, Recv, Send, Server, give_back, loop
+from ..trace import Deeds, Event, Incident, Trace
+from .ensemble import average
 from .simulator import Run
 
 
@@ -34,7 +39,7 @@ def replay(trace: Trace, method: Method, problem: Problem, watch: Callable[[Even
             "record a run with one server"
         )
     if not isinstance(method, ServerMethod):
-        raise ValueError(f"cannot replay {type(method).__name__}: the trace is of a run with a server")
+        return _Together(trace, method, problem, watch).run()
     server = Server.start(method, problem.x0())
     workers: dict[int, _Replayed] = {}
     steps: dict[int, int] = {}
@@ -73,3 +78,171 @@ def replay(trace: Trace, method: Method, problem: Problem, watch: Callable[[Even
                 deliver(server.leave(entry.worker))
     x = server.x()
     return Run(x, again, again[-1].seconds if len(again) else 0.0, problem.evaluate(x))
+
+
+Life = tuple[int, int]
+"""A worker and which of its lives."""
+Which = tuple[int, int, int]
+"""A message: whose, of which life, and its number there."""
+
+
+class _Life:
+    """One life of one peer, and what it still has to do."""
+
+    def __init__(self) -> None:
+        self.deeds: deque[list[Any]] = deque()
+        self.views: dict[int, tuple[int, ...]] = {}
+        self.node: Node | None = None
+        self.loop: Loop
+        self.request: Any = None
+        self.left = False
+
+    def view(self, step: int) -> tuple[int, ...]:
+        return self.views[step] if step in self.views else self.views[-1]
+
+
+class _Together:
+    """Peers whose recorded deeds are done again: each in its own order, and each as soon as what it needs is there."""
+
+    def __init__(
+        self, trace: Trace, method: Method, problem: Problem, watch: Callable[[Event], None] | None = None
+    ) -> None:
+        self.trace, self.method, self.problem, self.watch = trace, method, problem, watch
+        self.again = Trace({**trace.header, "engine": "replay"})
+        self.lives: dict[Life, _Life] = {}
+        self.messages: dict[Which, Message] = {}
+        self.answers: dict[Which, Message] = {}
+        self.states: dict[Which, Any] = {}
+        self.means: dict[str, Message] = {}
+        self.events: dict[tuple[int, int], deque[Event]] = {}
+        for entry in trace.entries():
+            if isinstance(entry, Deeds):
+                self.lives.setdefault((entry.worker, entry.life), _Life()).deeds.extend(entry.deeds)
+            elif isinstance(entry, Event):
+                self.events.setdefault((entry.worker, entry.step), deque()).append(entry)
+
+    def run(self) -> Run:
+        """Do all of it; ``ValueError`` where something is missing."""
+        going = True
+        while going:
+            going = False
+            for life, peer in self.lives.items():
+                while peer.deeds and self._do(life, peer):
+                    going = True
+        stuck = {f"worker {w} at {p.deeds[0]}" for (w, _), p in self.lives.items() if p.deeds}
+        ends = [p for p in self.lives.values() if p.node is not None and not p.left and not p.deeds]
+        if stuck or not ends:
+            raise ValueError(f"the trace is not whole: {'; '.join(sorted(stuck)) or 'nobody is left at the end'}")
+        last = dict(sorted(self.lives))  # the last life of each
+        ends = [self.lives[key] for key in last.items() if not self.lives[key].left]
+        x = torch.stack([self.method.params(peer.node.state) for peer in ends if peer.node is not None]).mean(0)
+        return Run(x, self.again, self.trace[-1].seconds if len(self.trace) else 0.0, self.problem.evaluate(x))
+
+    def _do(self, life: Life, peer: _Life) -> bool:
+        """The next deed of a peer, if what it needs is there."""
+        what, *about = peer.deeds[0]
+        for deed in list(peer.deeds)[1:]:  # who was there is asked in the middle of a deed
+            if deed[0] != "view":
+                break
+            peer.views[deed[1]] = tuple(deed[2])
+        if what == "view":
+            peer.views[about[0]] = tuple(about[1])
+        elif what in ("begin", "born"):
+            if what == "born" and tuple(about[0]) not in self.states:
+                return False
+            if what == "begin" and about[0]:
+                raise ValueError("the trace is of a run that began again from a snapshot: replay it from there on")
+            state = self.method.init(self.problem.x0()) if what == "begin" else self.states[tuple(about[0])]
+            step = 0 if what == "begin" else self.lives[about[0][0], about[0][1]].node.step  # type: ignore[union-attr]
+            seed = int(self.trace.header.get("seed", 0))
+            peer.node = Node(life[0], self.method, state, step, since=step, seed=seed, view=peer.view)
+            peer.loop = loop(self.method, peer.node)
+            peer.request = next(peer.loop)
+        else:
+            assert peer.node is not None
+            return self._act(life, peer, peer.node, what, about)
+        peer.deeds.popleft()
+        return True
+
+    def _act(self, life: Life, peer: _Life, node: Node, what: str, about: list[Any]) -> bool:
+        now, request = peer.deeds[0], peer.request
+        answer: Any = None
+        goes_on = True
+        if what == "step":
+            assert isinstance(request, Gradient)
+            g, loss = self.problem.grad(request.x, life[0], about[0])
+            for event in list(self.events.get((life[0], about[0]), ()))[:1]:
+                self.again.add(event._replace(loss=float(loss)))
+                if self.watch:
+                    self.watch(event)
+            answer = g
+        elif what == "sent":
+            assert isinstance(request, Send)
+            answer = about[1]
+        elif what == "asked":
+            assert isinstance(request, Ask)
+            which = (*life, about[0])
+            if about[1] and which not in self.answers:
+                return False
+            answer = self.answers[which] if about[1] else None
+        elif what == "took":
+            keys: list[Which] = [tuple(which) for which in about[0]]
+            if any(key not in self.messages for key in keys):
+                return False
+            pairs = [(key[0], self.messages[key]) for key in keys]
+            assert isinstance(request, Inbox | Recv)
+            answer = (
+                pairs
+                if isinstance(request, Inbox)
+                else {s: dict(pairs)[s] for s in request.sources if s in dict(pairs)}
+            )
+        elif what == "averaged":
+            group, ranks = about
+            if group not in self.means:
+                members = [
+                    peer for (worker, _), peer in self.lives.items() if worker in ranks and self._at(peer, group)
+                ]
+                if len(members) < len(ranks):
+                    return False
+                self.means[group] = average([member.request.msg for member in members])
+            assert isinstance(request, AllReduce)
+            answer = self.means[group]
+        else:
+            goes_on = False
+            if what in ("met", "heir"):
+                which = tuple(about[0])
+                source = self.messages if what == "met" else self.states
+                if which not in source:
+                    return False
+                if what == "met":
+                    assert isinstance(self.method, PairGossipMethod)
+                    node.state, self.answers[which] = self.method.meet(node.state, self.messages[which])
+                else:
+                    assert isinstance(self.method, GossipMethod)
+                    node.state = self.method.inherit(node.state, self.states[which])
+            elif what == "welcomed":
+                node.state, self.states[(*life, about[0])] = self.method.welcome(node.state)
+            elif what == "left":
+                for key in about[0]:
+                    if tuple(key) not in self.messages:
+                        return False
+                for key in about[0]:
+                    give_back(node, self.messages[tuple(key)])
+                self.states[(*life, about[1])] = node.state
+                peer.left = True
+            else:
+                raise ValueError(f"the trace has a deed {what!r} that this version does not know")
+        if goes_on:
+            peer.request = peer.loop.send(answer)
+            if isinstance(peer.request, Send | Ask):  # others may get it before this peer goes on
+                number = next(
+                    (deed[1] for deed in peer.deeds if deed[0] in ("sent", "asked") and deed is not now), None
+                )
+                if number is not None:
+                    self.messages[(*life, number)] = peer.request.msg
+        peer.deeds.popleft()
+        return True
+
+    def _at(self, peer: _Life, group: str) -> bool:
+        """Whether a peer is about to average with this group."""
+        return bool(peer.deeds) and peer.deeds[0][0] == "averaged" and peer.deeds[0][1] == group

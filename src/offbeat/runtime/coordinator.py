@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.gossip import GossipMethod
 from ..core.method import Method
 from ..core.periodic import PeriodicMethod
+from ..trace import Deeds, line
 from .host import Host, Refused, Session, Terms
 from .link import Frame, Link, LinkLost
 from .message import Corrupt, Header, Kind, finite
@@ -145,6 +146,7 @@ class Coordinator(Host):
                 )
             if header.kind == Kind.LEAVE:
                 with self.lock:
+                    self._did(session, note)
                     session.done = bool(note.get("done"))
                     self.finished += session.done
                     self._used(session, note.get("used"))
@@ -168,6 +170,7 @@ class Coordinator(Host):
                 self.step = max(self.step, header.step)
                 return None
             if header.kind == Kind.STEP:
+                self._did(session, note)
                 self._record(session, self.steps.get(session.worker, 0), 1, note, 0, {})
                 return None
             if header.kind == Kind.VIEW:
@@ -185,6 +188,11 @@ class Coordinator(Host):
                     other.show = True
             show, session.show = session.show, False
             return {"tickets": tickets, "welcome": [seat.about() for seat in newcomers], "show": show}
+
+    def _did(self, session: Attendance, note: dict[str, Any]) -> None:
+        """Keep what a peer tells of what it has done."""
+        if isinstance(note.get("deeds"), list):
+            self._write(line(Deeds(session.worker, session.incarnation, note["deeds"])))
 
     def _average(self, session: Attendance, kind: Kind, note: dict[str, Any]) -> dict[str, Any]:
         """Wait for all who take part in an average, or for their votes on it."""

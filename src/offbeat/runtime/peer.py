@@ -86,7 +86,8 @@ class Peer(Driver):
         self.link, self.lost = link, ""
         self.listener = listen(link.sock.getsockname()[0])
         self.alive: dict[int, dict[str, Any]] = {}  # the others: address, machine, life, and the round they came in
-        self.inbox: deque[tuple[int, int | None, Message]] = deque()
+        self.inbox: deque[tuple[list[int], int | None, Message]] = deque()  # with (source, its life, number)
+        self.deeds: list[list[Any]] = []  # since they were last told
         self.links: dict[int, Link] = {}
         self.heads: dict[int, Header] = {}
         self.taken: dict[tuple[int, int], tuple[int, Message | None]] = {}  # last number of each life, and the answer
@@ -98,6 +99,7 @@ class Peer(Driver):
         self.closing = False
         self.since = 0  # gradients since the coordinator was last asked to go on
         self.state: tuple[Any, int] | None = None
+        self.last_view: tuple[int, ...] = ()
         head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
         host, port = self.listener.getsockname()[:2]
         about = {"worker": self.worker, "parameters": self.x0.numel(), "address": f"{host}:{port}"}
@@ -155,6 +157,7 @@ class Peer(Driver):
                     elif frame.header.kind == Kind.MODEL:
                         start = model.unpack(frame.payload).to(self.x0.device)
                         self.state = self.method.init(start), int(frame.header.step)
+                        self.deeds.append(["begin", self.state[1]])
                     elif frame.header.kind == Kind.REFUSED:
                         raise LinkLost(f"the coordinator refused: {frame.note['why']}")
                     else:
@@ -215,7 +218,8 @@ class Peer(Driver):
     def _take(self, link: Link, frame: Frame, life: int) -> None:
         """One message of a peer: once, however often it is sent."""
         header = frame.header
-        source, key = header.worker, (header.worker, header.incarnation)
+        key = header.worker, header.incarnation
+        which = [*key, header.version]
         answer: Message | None = None
         with self.changed:
             if life != self.incarnation or self.closing:
@@ -225,15 +229,18 @@ class Peer(Driver):
                 answer = before
             elif header.kind == Kind.STATE:
                 self.state = self.form.unpack(frame.payload), header.step
+                self.deeds.append(["born", which])
             elif header.kind == Kind.HEIR:
                 assert isinstance(self.method, GossipMethod)
                 self.node.state = self.method.inherit(self.node.state, self.form.unpack(frame.payload))
+                self.deeds.append(["heir", which])
             elif header.kind == Kind.SEND:
                 round = None if frame.note is None else frame.note["round"]
-                self.inbox.append((source, round, self.message.unpack(frame.payload)))
+                self.inbox.append((which, round, self.message.unpack(frame.payload)))
             else:
                 assert isinstance(self.method, PairGossipMethod)
                 self.node.state, answer = self.method.meet(self.node.state, self.message.unpack(frame.payload))
+                self.deeds.append(["met", which])
             self.taken[key] = max(number, header.version), answer
             self.changed.notify_all()
         if header.kind == Kind.ASK:
@@ -261,10 +268,15 @@ class Peer(Driver):
     def _view(self, step: int) -> tuple[int, ...]:
         """Who takes part in round ``step``."""
         if not self.rounds:
-            return tuple(sorted({*self.alive, self.worker or 0}))
+            members = tuple(sorted({*self.alive, self.worker or 0}))
+            if members != self.last_view:
+                self.last_view = members
+                self.deeds.append(["view", -1, list(members)])
+            return members
         if step not in self.views:
             self.views = {k: v for k, v in self.views.items() if k > step - 100}
             self.views[step] = tuple(self._call(Kind.VIEW, {"step": step}, f"the members of round {step}")["members"])
+            self.deeds.append(["view", step, self.views[step]])
         return self.views[step]
 
     def _drive(self, request: Request) -> None:
@@ -273,18 +285,23 @@ class Peer(Driver):
             answer: Any
             if isinstance(request, Send):
                 answer = self._exchange(Kind.SEND, request.to, request.msg, {"round": request.round}) is not None
+                self.deeds.append(["sent", self.numbers, answer])
             elif isinstance(request, Ask):
                 frame = self._exchange(Kind.ASK, request.to, request.msg, None)
                 answer = None if frame is None else self.answer.unpack(frame.payload)
+                settled = ["asked", self.numbers, frame is not None]
             elif isinstance(request, Recv):
                 answer = self._receive(request)
             elif isinstance(request, Inbox):
                 with self.monitor:
-                    answer = [(source, msg) for source, _, msg in self.inbox]
+                    answer = [(which[0], msg) for which, _, msg in self.inbox]
+                    self.deeds.append(["took", [which for which, _, _ in self.inbox]])
                     self.inbox.clear()
             else:
                 answer = self._reduce(request)
             with self.monitor:
+                if isinstance(request, Ask):
+                    self.deeds.append(settled)  # here, as it may have been visited meanwhile
                 request = self.loop.send(answer)
         self.request = request
         if request.free:
@@ -302,6 +319,7 @@ class Peer(Driver):
             with self.monitor:
                 self.alive[newcomer["worker"]] = newcomer
                 self.node.state, state = self.method.welcome(self.node.state)
+                self.deeds.append(["welcomed", self.numbers + 1])
             self._exchange(Kind.STATE, newcomer["worker"], state, None, self.form)
         if note["show"]:
             with self.monitor:
@@ -353,12 +371,14 @@ class Peer(Driver):
         """A message of the round from each source, but for those who will not send one any more."""
         with self.changed:
             while True:
-                found = {s: m for s, round, m in self.inbox if s in request.sources and round == request.round}
+                here = [entry for entry in self.inbox if entry[0][0] in request.sources and entry[1] == request.round]
+                found = {which[0]: msg for which, _, msg in here}
                 missing = [s for s in request.sources if s not in found and self._comes(s, request.round)]
                 if not missing:
                     break
                 self._wait(f"a message of round {request.round} from workers {', '.join(map(str, missing))}")
-            self.inbox = deque(entry for entry in self.inbox if not (entry[0] in found and entry[1] == request.round))
+            self.inbox = deque(entry for entry in self.inbox if entry not in here)
+            self.deeds.append(["took", [which for which, _, _ in here]])
             return {s: found[s] for s in request.sources if s in found}
 
     def _comes(self, source: int, round: int | None) -> bool:
@@ -382,6 +402,7 @@ class Peer(Driver):
                     )
                     self.group, good = ("", None), False
             if self._call(Kind.VOTE, {"group": told["group"], "good": good}, "the votes on an average")["good"]:
+                self.deeds.append(["averaged", told["group"], told["ranks"]])
                 return rebuild(request.msg, [t / len(told["ranks"]) for t in sums])
             self.group = "", None
 
@@ -411,17 +432,24 @@ class Peer(Driver):
     def step(self, g: Tensor, loss: float) -> None:
         now = time.perf_counter()
         compute, used, self._used = now - self._since, self._used, 0
-        note = {"losses": [loss], "compute": [compute], "waited": self._waited, "used": used}
+        note = {"losses": [loss], "compute": [compute], "waited": self._waited, "used": used, "deeds": self._told()}
         self.since += max(1, used)
         try:
             self.link.send(self.head._replace(kind=Kind.STEP, step=self.node.step, gradients=1), None, note)
             with self.monitor:
+                self.deeds.append(["step", self.node.step])
                 request = self.loop.send(g)
             self._drive(request)
         except LinkLost as lost:
             self._mend(lost)
         self._since = time.perf_counter()
         self._waited = self._since - now
+
+    def _told(self) -> list[list[Any]]:
+        """What it has done since it last said so."""
+        with self.monitor:
+            deeds, self.deeds = self.deeds, []
+            return deeds
 
     def more(self) -> list[int]:
         note = {"step": self.node.step, "want": 1, "more": True}
@@ -439,16 +467,20 @@ class Peer(Driver):
     def leave(self, done: bool) -> None:
         with self.monitor:
             self.closing = True
+            if not done:  # what it has and others need goes to one of them
+                for _, _, message in self.inbox:
+                    give_back(self.node, message)
+                self.deeds.append(["left", [which for which, _, _ in self.inbox], self.numbers + 1])
             x = self.method.params(self.node.state).cpu()
-            for _, _, message in self.inbox:
-                give_back(self.node, message)
         try:
             heir = min(self.alive, default=None)
             hands_over = isinstance(self.method, GossipMethod) and type(self.method).inherit is not GossipMethod.inherit
             if not done and heir is not None and hands_over:
                 self._exchange(Kind.HEIR, heir, self.node.state, None, self.form)
             self.link.send(self.head._replace(kind=Kind.MODEL, step=self.node.step), Form.of(x).pack(x))
-            self.link.send(self.head._replace(kind=Kind.LEAVE), None, {"done": done, "used": self._used})
+            self.link.send(
+                self.head._replace(kind=Kind.LEAVE), None, {"done": done, "used": self._used, "deeds": self._told()}
+            )
         except LinkLost:
             pass
         self._hang_up()
