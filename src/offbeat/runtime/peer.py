@@ -49,9 +49,17 @@ class Peer(Driver):
     """Drives the loop of a method without a server, as `Worker` does that of one with."""
 
     def __init__(
-        self, place: Place, x0: Tensor, hello: dict[str, Any], parse: Parse, say: Callable[[str], None]
+        self,
+        place: Place,
+        x0: Tensor,
+        hello: dict[str, Any],
+        parse: Parse,
+        say: Callable[[str], None],
+        lend: Callable[[Method], Method] = lambda method: method,
     ) -> None:
+        """``lend`` puts this worker's own optimizer into the run's method."""
         super().__init__(say)
+        self.lend = lend
         self.place, self.x0, self.hello, self.parse = place, x0, hello, parse
         self.worker = place.worker
         self.monitor = threading.RLock()  # the node's state, and what has come for it
@@ -113,7 +121,7 @@ class Peer(Driver):
         self.terms_note, self.timeout = note, float(note["timeout"])
         self.worker, self.incarnation = note["worker"], note["incarnation"]
         self.head = head._replace(worker=self.worker, incarnation=self.incarnation)
-        self.method = self.parse(note["method"])
+        self.method = self.lend(self.parse(note["method"]))
         self.message, self.answer, self.form = talk(self.method, self.x0.cpu())
         if note["model"]:
             model = Form.of(self.x0.cpu())

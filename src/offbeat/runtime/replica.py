@@ -13,11 +13,13 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from ..core.method import Method, ServerMethod
 from ..core.seeds import derive
 from ..tasks.flat import Flat
+from .optimizer import UserRule, lent
 from .peer import Peer, Solitary
 from .worker import Alone, Driver, Parse, Place, Remote, Worker
 
@@ -52,8 +54,16 @@ class Replica:
     grad_scale: Tensor | None
     found_inf: Tensor
 
-    def __init__(self, model: nn.Module, method: Method | None = None, *, place: Place | None = None) -> None:
-        """``place`` is where the run is; None: what the environment says."""
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        place: Place | None = None,
+    ) -> None:
+        """``optimizer`` takes the local steps in the place of the method's rule; ``place`` is where the run is (None: what
+        the environment says)."""
         from ..names import read  # which knows everybody, so not at import
 
         if method is not None and not isinstance(method, Method):
@@ -68,7 +78,15 @@ class Replica:
         layout = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
         method = method if method is not None or not place.method else read(place.method)
         x0 = self.flat.data.clone()
-        self.worker = enter(place, x0, method, {"layout": layout}, read, _say, lambda: self._leaving)
+        self.rule: UserRule | None = None
+
+        def lend(method: Method) -> Method:
+            if optimizer is None:
+                return method
+            method, self.rule = lent(method, optimizer, self.flat)
+            return method
+
+        self.worker = enter(place, x0, method, {"layout": layout}, read, _say, lambda: self._leaving, lend)
         self._life = 0  # of the worker, whose parameters the model holds
         self._shown = False  # whether the model holds the shipped parameters instead
         self._own()
@@ -97,10 +115,12 @@ class Replica:
             raise RuntimeError("this replica has left its run: make a new one to go on")
         g = self.flat.gather().clone()
         scale = getattr(self, "grad_scale", None)
-        if float(getattr(self, "found_inf", 0.0)) > 0:
+        if skip := float(getattr(self, "found_inf", 0.0)) > 0:
             g.zero_()
         elif scale is not None:
             g.div_(scale.to(g))
+        if self.rule is not None:
+            self.rule.live["skip"] = int(skip)
         self.worker.step(g, float("nan") if loss is None else float(torch.as_tensor(loss).detach()))
         self._take()
         if self._leaving and self.worker.free:
@@ -183,15 +203,21 @@ def enter(
     parse: Parse,
     say: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
+    lend: Callable[[Method], Method] = lambda method: method,
 ) -> Driver:
     """Join the run at ``place`` with a model at ``x0`` [d], or be one alone where there is none."""
     if not place.servers:
         if method is None:
             raise ValueError("method = None: give one, or start the script with `offbeat launch --method NAME`")
-        return Worker(Alone(method, x0), say) if isinstance(method, ServerMethod) else Solitary(method, x0, say)
+        if not isinstance(method, ServerMethod):
+            return Solitary(lend(method), x0, say)
+        lend(method)
+        return Worker(Alone(method, x0), say)
     hello = {**hello, "method": "" if method is None else repr(method)}
     if method is not None and not isinstance(method, ServerMethod):
-        return Peer(place, x0, hello, parse, say)
+        return Peer(place, x0, hello, parse, say, lend)
+    if method is not None:
+        lend(method)  # which says why not
     remote = Remote(place, x0, hello, parse)
     remote.stopped = stopped
     return Worker(remote, say)

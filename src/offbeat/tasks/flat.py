@@ -48,6 +48,11 @@ class Flat:
             self._parts.append((name, p, data, grad))
         self.gather()
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are in it, in their order."""
+        return [p for _, p, _, _ in self._parts]
+
     def gather(self) -> Tensor:
         """The vector ``grad`` once it holds every parameter's gradient: call it after ``backward()``.
 
