@@ -473,8 +473,9 @@ class Work(Command):
         if self.problem is None:
             raise Refused("nothing to do: give a script, or a task such as --problem 'Digits()'")
         from .runtime.link import LinkLost
+        from .runtime.place import Place
         from .runtime.replica import enter
-        from .runtime.worker import Place, train
+        from .runtime.worker import train
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         stopped = threading.Event()

@@ -23,8 +23,9 @@ from ..core.periodic import OuterMethod
 from ..core.protocol import AllReduce, Ask, Gradient, Inbox, Loop, Node, Recv, Request, Send, give_back, loop
 from .link import Frame, Link, LinkLost, accept, dial, listen, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, leaves, rebuild
+from .place import Place
 from .way import Stores, offered, taken
-from .worker import Driver, Parse, Place, Terms
+from .worker import Driver, Parse, Terms
 
 
 def talk(method: Method, x: Tensor) -> tuple[Form, Form, Form]:
@@ -48,6 +49,8 @@ def talk(method: Method, x: Tensor) -> tuple[Form, Form, Form]:
 class Peer(Driver):
     """Drives the loop of a method without a server, as `Worker` does that of one with."""
 
+    link: Link
+
     def __init__(
         self,
         place: Place,
@@ -65,7 +68,8 @@ class Peer(Driver):
         self.monitor = threading.RLock()  # the node's state, and what has come for it
         self.changed = threading.Condition(self.monitor)
         self.stores = Stores()
-        self.incarnation = 0
+        self.incarnation, self.lost = 0, ""
+        self.links: dict[int, Link] = {}
         self._join()
 
     # joining
@@ -96,7 +100,7 @@ class Peer(Driver):
         self.alive: dict[int, dict[str, Any]] = {}  # the others: address, machine, life, and the round they came in
         self.inbox: deque[tuple[list[int], int | None, Message]] = deque()  # with (source, its life, number)
         self.deeds: list[list[Any]] = []  # since they were last told
-        self.links: dict[int, Link] = {}
+        self.links = {}
         self.heads: dict[int, Header] = {}
         self.taken: dict[tuple[int, int], tuple[int, Message | None]] = {}  # last number of each life, and the answer
         self.numbers = 0
@@ -502,9 +506,8 @@ class Peer(Driver):
     def _hang_up(self) -> None:
         self.incarnation = 0
         self.lost = self.lost or "this life is over"
-        for link in (*getattr(self, "links", {}).values(), getattr(self, "link", None)):
-            if link is not None:
-                link.close()
+        for link in (*self.links.values(), *([self.link] if hasattr(self, "link") else [])):
+            link.close()
         if hasattr(self, "listener"):
             self.listener.close()
 

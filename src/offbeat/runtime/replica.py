@@ -21,7 +21,8 @@ from ..core.seeds import derive
 from ..tasks.flat import Flat
 from .optimizer import UserRule, lent
 from .peer import Peer, Solitary
-from .worker import Alone, Driver, Parse, Place, Remote, Worker
+from .place import Place
+from .worker import Alone, Driver, Parse, Remote, Worker
 
 T = TypeVar("T")
 
@@ -213,6 +214,7 @@ def enter(
             return Solitary(lend(method), x0, say)
         lend(method)
         return Worker(Alone(method, x0), say)
+    place.host()
     hello = {**hello, "method": "" if method is None else repr(method)}
     if method is not None and not isinstance(method, ServerMethod):
         return Peer(place, x0, hello, parse, say, lend)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -26,45 +25,11 @@ from ..failure import Diverged
 from ..trace import Trace
 from .link import Frame, Link, LinkLost, dial, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, leaves, rebuild
+from .place import Place
 from .server import forms
 from .way import taken
 
 Parse = Callable[[str], Any]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a worker's run is, as a launcher says it in the environment."""
-
-    servers: tuple[str, ...] = ()
-    """Addresses (host:port) of the server, or of its shards in order; empty: the worker is alone, and its own server."""
-    token: str = ""
-    """The secret that all of a run know."""
-    worker: int | None = None
-    """The worker's number; None: the server gives one."""
-    method: str = ""
-    """The method's ``repr``, where the launcher names it."""
-    patience: float = 60.0
-    """Seconds for which a worker dials a server that does not answer."""
-    timeout: float = 30.0
-    """Seconds of silence after which a link is taken for dead, before the server has said its own."""
-
-    @classmethod
-    def read(cls, environment: Mapping[str, str] = os.environ) -> Place:
-        """What ``OFFBEAT_SERVER``, ``OFFBEAT_TOKEN``, ``OFFBEAT_WORKER``, ``OFFBEAT_METHOD`` and ``OFFBEAT_PATIENCE`` say."""
-        said = {name: environment.get(f"OFFBEAT_{name.upper()}", "") for name in ("worker", "patience")}
-        for name, kind in (("worker", int), ("patience", float)):
-            try:
-                kind(said[name] or "0")
-            except ValueError:
-                raise ValueError(f"OFFBEAT_{name.upper()} = {said[name]!r}: must be a number") from None
-        return cls(
-            tuple(filter(None, environment.get("OFFBEAT_SERVER", "").split(","))),
-            environment.get("OFFBEAT_TOKEN", ""),
-            int(said["worker"]) if said["worker"] else None,
-            environment.get("OFFBEAT_METHOD", ""),
-            float(said["patience"] or cls.patience),
-        )
 
 
 class Terms(NamedTuple):

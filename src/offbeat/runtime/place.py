@@ -1,0 +1,105 @@
+"""Where a worker's run is: as `offbeat launch`, torchrun or SLURM say it in the environment."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+PORT = 29_400
+"""Where rank 0 of a job hosts the run, where nothing else is said: this, or the port after ``MASTER_PORT``."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker's run is."""
+
+    servers: tuple[str, ...] = ()
+    """Addresses (host:port) of the server, or of its shards in order; empty: the worker is alone, and its own server."""
+    token: str = ""
+    """The secret that all of a run know."""
+    worker: int | None = None
+    """The worker's number; None: the server gives one."""
+    method: str = ""
+    """The method's ``repr``, where the launcher names it."""
+    patience: float = 60.0
+    """Seconds for which a worker dials a server that does not answer."""
+    timeout: float = 30.0
+    """Seconds of silence after which a link is taken for dead, before the server has said its own."""
+    hosts: int = 0
+    """How many workers the run has that this one is to host, as rank 0 of a job; 0: somebody else hosts it."""
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> Place:
+        """What ``OFFBEAT_SERVER``, ``OFFBEAT_TOKEN``, ``OFFBEAT_WORKER``, ``OFFBEAT_METHOD`` and ``OFFBEAT_PATIENCE`` say.
+
+        Without a server: what torchrun says (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``), or SLURM
+        (``SLURM_PROCID``, ``SLURM_NTASKS``, ``SLURM_JOB_NODELIST``, ``SLURM_JOB_ID``); rank 0 hosts the run then.
+        """
+
+        def number(name: str, kind: type[int] | type[float]) -> int | float | None:
+            text = environment.get(name, "")
+            try:
+                return kind(text) if text else None
+            except ValueError:
+                raise ValueError(f"{name} = {text!r}: must be a number") from None
+
+        worker, patience = number("OFFBEAT_WORKER", int), number("OFFBEAT_PATIENCE", float)
+        place = cls(
+            tuple(filter(None, environment.get("OFFBEAT_SERVER", "").split(","))),
+            environment.get("OFFBEAT_TOKEN", ""),
+            None if worker is None else int(worker),
+            environment.get("OFFBEAT_METHOD", ""),
+            cls.patience if patience is None else patience,
+        )
+        if place.servers:
+            return place
+        if "RANK" in environment and "MASTER_ADDR" in environment:
+            rank, size = number("RANK", int), number("WORLD_SIZE", int)
+            host, port = environment["MASTER_ADDR"], (number("MASTER_PORT", int) or PORT - 1) + 1
+        elif "SLURM_PROCID" in environment and "SLURM_JOB_NODELIST" in environment:
+            rank, size = number("SLURM_PROCID", int), number("SLURM_NTASKS", int)
+            host, port = (
+                first_node(environment["SLURM_JOB_NODELIST"]),
+                PORT + (number("SLURM_JOB_ID", int) or 0) % 10_000,
+            )
+        else:
+            return place
+        return replace(
+            place, servers=(f"{host}:{int(port)}",), worker=int(rank or 0), hosts=int(size or 1) if not rank else 0
+        )
+
+    def host(self) -> None:
+        """Start the run's server or coordinator, which ends with the run, if this worker is to host it."""
+        if not self.hosts:
+            return
+        address, port = self.servers[0].rsplit(":", 1)
+        out = Path(os.environ.get("OFFBEAT_OUT", "runs/job"))
+        out.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "offbeat", "server", "--host", address, "--port", port, "--status"]
+        command += ["--workers", str(self.hosts), "--out", str(out)]
+        command += ["--method", self.method] if self.method else []
+        with open(out / "server.log", "ab") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
+        atexit.register(_wait, process)  # before the worker's own leave is registered, so done after it
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    """The run ends when all workers have left; whoever hosts it stays for so long."""
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+
+
+def first_node(nodes: str) -> str:
+    """The first host of a SLURM list such as ``gpu[03-05,09],login1``: ``gpu03``."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
+    if match is None:
+        raise ValueError(f"SLURM_JOB_NODELIST = {nodes!r}: must begin with the name of a host")
+    return match[1] + (match[2] or "")
