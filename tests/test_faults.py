@@ -44,7 +44,7 @@ def calm(cls: type[ob.Method]) -> ob.Method:
 
 @cache
 def simulate(
-    method: ob.Method, *faults: ob.Fault, gradients: int = 60, workers: int = 4, network: Network = NET, **more: Any
+    method: ob.Method, *faults: ob.Fault, gradients: int = 48, workers: int = 4, network: Network = NET, **more: Any
 ) -> ob.Run:
     cluster = ob.Cluster(workers, more.pop("speed", SPEED), more.pop("events", ()), network, faults)
     return ob.simulate(method, BOWL, cluster, gradients=gradients, **more)
@@ -84,12 +84,12 @@ def test_a_run_goes_on(cls: type[ob.Method], name: str) -> None:
     run, again = simulate(calm(cls), *FAULTS[name]), simulate.__wrapped__(calm(cls), *FAULTS[name])
     assert run.trace == again.trace
     assert equal(run, again)
-    assert len(run.trace) == 60
+    assert len(run.trace) == 48
     assert bool(torch.isfinite(run.x).all())
     seconds = run.trace.column("seconds").tolist()
     assert seconds == sorted(seconds)
     taken = [(event.worker, event.step) for event in run.trace]
-    assert len(set(taken)) == 60
+    assert len(set(taken)) == 48
 
 
 @each_method
@@ -531,7 +531,7 @@ def test_a_lone_rule_cannot_crash() -> None:
     ):
         ob.simulate(ob.Local(), BOWL, one, gradients=10)
     run = simulate(ob.Local(), Straggler(0, 2.0), Loss(0.5), Partition((0,), end=99.0), workers=1, speed=ob.Fixed(1.0))
-    assert run.seconds == 2.0 * 60
+    assert run.seconds == 2.0 * 48
 
 
 @pytest.mark.parametrize("name", FAULTS)
