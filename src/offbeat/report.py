@@ -393,7 +393,11 @@ def _stale(trace: Trace, theme: Theme) -> Figure:
     lag, gap, share = figure.subplots(1, 3)
     for axes, column in ((lag, "lag"), (gap, "gap")):
         values = _column(trace, column)
-        values = values[np.isfinite(values)]  # a real run measures the gap of a large model now and then
+        values = values[np.isfinite(values)]  # a real run measures the gap now and then, or not at all
+        if not len(values):
+            axes.set_axis_off()
+            axes.set_title(f"{column}: not measured")
+            continue
         bins = _bins([values], whole=column == "lag")
         axes.hist(values, bins, color=theme.colours[0], alpha=0.85)
         axes.set_xscale("linear" if column == "lag" else "log")

@@ -61,7 +61,7 @@ class Run:
         return self.figures | {
             "train_loss": float(loss[-last:].mean()),
             "mean_lag": float(lag.mean()),
-            "mean_gap": float(gap.mean()),
+            "mean_gap": float(gap.nanmean()),
             "mean_consensus": float(consensus.mean()),
             "seconds": self.seconds,
             "gradients": float(len(loss)),

@@ -37,7 +37,8 @@ class SGP(RoundGossipMethod):
     good order hands it to another. One that joins has weight 1 at another's z_i, out of what that one has above 1, and
     new where it has less: a step moves z_i by 1 / w_i of itself, so were the weights only divided, each crash and return
     would leave the living with less weight and larger steps. So who comes when all have gone goes on from the last one's
-    z_i with weight 1, whatever was lost.
+    z_i with weight 1, whatever was lost. A network that loses messages takes their mass for good: weights shrink, steps
+    grow, and in the end it diverges; real links acknowledge, and lose none.
     """
 
     _: KW_ONLY

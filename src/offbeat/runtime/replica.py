@@ -245,7 +245,8 @@ class _Deal(Sampler[list[int]]):
             seed = derive(self.worker.terms.seed, number)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                for part in (self.loader, self.loader.sampler, self.loader.batch_sampler):
+                batches = self.loader.batch_sampler
+                for part in (self.loader, self.loader.sampler, batches, getattr(batches, "sampler", None)):
                     generator = getattr(part, "generator", None)
                     if isinstance(generator, torch.Generator):
                         generator.manual_seed(seed)

@@ -24,7 +24,7 @@ from ..engines.speed import Speed
 from ..failure import Diverged
 from ..trace import Trace
 from .link import Frame, Link, LinkLost, dial, machine
-from .message import DTYPES, Corrupt, Form, Header, Kind, leaves, rebuild
+from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild
 from .place import Place
 from .server import forms
 from .way import taken
@@ -78,7 +78,16 @@ class Alone(Exchange):
         return Terms(0, self.method, 0, 1, 0, self.server.join(0), [])
 
     def ask(self, msg: Message, gradients: int, note: dict[str, Any]) -> tuple[Message, list[int]]:
-        return self.server.visit(0, msg)[0], []
+        reply = self.server.visit(0, msg)[0] if finite(msg) else msg
+        if not finite(reply):
+            raise Diverged(
+                f"visit {self.server.version}: the gradient is not finite, or would make the model so; lower the learning "
+                "rate or lengthen the warm-up",
+                Trace(),
+                0,
+                self.server.version,
+            )
+        return reply, []
 
     def more(self, want: int) -> list[int]:
         self.next += want
@@ -138,6 +147,7 @@ class Remote(Exchange):
                 raise
 
     def _join(self) -> Terms:
+        self._hang_up()  # links of an earlier life
         d, k = self.x0.numel(), len(self.place.servers)
         if k > d:
             raise ValueError(f"{k} servers for a model of {d} parameters: one each at most")
