@@ -98,7 +98,7 @@ class Coordinator(Host):
         """The run begins when all who were launched are there, or when they have had time enough to come."""
         with self.changed:
             end = time.monotonic() + self.terms.timeout
-            while first and len(self.founders) < self.terms.workers and time.monotonic() < end:
+            while first and len(self.founders) < self.terms.workers - self.finished and time.monotonic() < end:
                 self.changed.wait(0.2)
             if not first or not self.founders:
                 self.changed.notify_all()
@@ -119,9 +119,31 @@ class Coordinator(Host):
             except LinkLost:
                 session.link.hang_up()
 
-    def _alive(self) -> dict[str, Any]:
+    def _finish(self, session: Attendance) -> None:
+        """A peer's loop has ended: it takes part in nothing more, but others may still talk to it, until all have ended."""
+        session.done = True
+        self.finished += 1
+        self._without(session)
+        self._news()
+        self.changed.notify_all()
+
+    def _without(self, session: Attendance) -> None:
+        """A peer takes part no more. When nobody does, those who linger may go."""
         assert self.room is not None
-        return {str(worker): seat.about() for worker, seat in self.room.seats.items()}
+        for seat in self.room.leave(session.worker):
+            if seat.worker in self.sessions:
+                self._join(self.sessions[seat.worker], {})
+        if not self.room.seats and not self.founders:
+            for other in self.sessions.values():
+                if other.done:
+                    self._send(other, Kind.ANSWER, {"over": True})
+
+    def _alive(self) -> dict[str, Any]:
+        """Who can be talked to; of those who are done nothing more comes."""
+        assert self.room is not None
+        seats = [s.seat for s in self.sessions.values() if s.done and s.seat is not None]
+        done = {str(seat.worker): {**seat.about(), "done": True} for seat in seats}
+        return {**done, **{str(worker): seat.about() for worker, seat in self.room.seats.items()}}
 
     def _news(self) -> None:
         """Tell all who is there; under the lock."""
@@ -147,9 +169,10 @@ class Coordinator(Host):
             if header.kind == Kind.LEAVE:
                 with self.lock:
                     self._did(session, note)
-                    session.done = bool(note.get("done"))
-                    self.finished += session.done
                     self._used(session, note.get("used"))
+                    if note.get("done") and not session.done:
+                        self._finish(session)
+                        continue
                 return True
             answer = self._hear(session, frame, note)
             if answer is not None:
@@ -227,9 +250,8 @@ class Coordinator(Host):
             self.founders.remove(session)
         if not session.done and len(self.shown) > 1:
             self.shown.pop(session.worker, None)
-        for seat in self.room.leave(session.worker):
-            if seat.worker in self.sessions:
-                self._join(self.sessions[seat.worker], {})
+        if not session.done:
+            self._without(session)
         if not self.room.seats and self.shown:
             self.start = self.x()
         self._news()

@@ -280,7 +280,8 @@ class Peer(Driver):
     def _view(self, step: int) -> tuple[int, ...]:
         """Who takes part in round ``step``."""
         if not self.rounds:
-            members = tuple(sorted({*self.alive, self.worker or 0}))
+            there = {name for name, about in self.alive.items() if not about.get("done")}
+            members = tuple(sorted({*there, self.worker or 0}))
             if members != self.last_view:
                 self.last_view = members
                 self.deeds.append(["view", -1, list(members)])
@@ -334,9 +335,7 @@ class Peer(Driver):
                 self.deeds.append(["welcomed", self.numbers + 1])
             self._exchange(Kind.STATE, newcomer["worker"], state, None, self.form)
         if note["show"]:
-            with self.monitor:
-                x = self.method.params(self.node.state)
-            self.link.send(self.head._replace(kind=Kind.MODEL, step=self.node.step), Form.of(x.cpu()).pack(x.cpu()))
+            self._show()
 
     def _exchange(self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None) -> Frame | None:
         """Bring ``msg`` to a peer; its acknowledgement or answer, None where it is dead."""
@@ -396,7 +395,7 @@ class Peer(Driver):
     def _comes(self, source: int, round: int | None) -> bool:
         """Whether a message of this round may still come from there."""
         about = self.alive.get(source)
-        return about is not None and (round is None or about["since"] <= round)
+        return about is not None and not about.get("done") and (round is None or about["since"] <= round)
 
     def _reduce(self, request: AllReduce) -> Message:
         """The mean over the members who live, by a process group among them; again without who dies meanwhile."""
@@ -477,25 +476,40 @@ class Peer(Driver):
             return x
 
     def leave(self, done: bool) -> None:
-        with self.monitor:
-            self.closing = True
-            if not done:  # what it has and others need goes to one of them
-                for _, _, message in self.inbox:
-                    give_back(self.node, message)
-                self.deeds.append(["left", [which for which, _, _ in self.inbox], self.numbers + 1])
-            x = self.method.params(self.node.state).cpu()
+        """Go in good order. One that is done can still be talked to until all are; one that goes before hands over what
+        others need of it."""
         try:
-            heir = min(self.alive, default=None)
+            if done:
+                self._show()
+                self.link.send(self.head._replace(kind=Kind.LEAVE), None, self._last(done))
+                with self.changed:
+                    while not self.replies:
+                        self._wait("the end of the run")
+            with self.monitor:
+                self.closing = True
+                if not done:
+                    for _, _, message in self.inbox:
+                        give_back(self.node, message)
+                    self.deeds.append(["left", [which for which, _, _ in self.inbox], self.numbers + 1])
+            heir = min((name for name, about in self.alive.items() if not about.get("done")), default=None)
             hands_over = isinstance(self.method, GossipMethod) and type(self.method).inherit is not GossipMethod.inherit
             if not done and heir is not None and hands_over:
                 self._exchange(Kind.HEIR, heir, self.node.state, None, self.form)
-            self.link.send(self.head._replace(kind=Kind.MODEL, step=self.node.step), Form.of(x).pack(x))
-            self.link.send(
-                self.head._replace(kind=Kind.LEAVE), None, {"done": done, "used": self._used, "deeds": self._told()}
-            )
-        except LinkLost:
-            pass
+            self._show()
+            self.link.send(self.head._replace(kind=Kind.LEAVE), None, self._last(done))
+        except LinkLost as lost:
+            self.say(f"{lost}, while this worker was leaving")
         self._hang_up()
+
+    def _last(self, done: bool) -> dict[str, Any]:
+        used, self._used = self._used, 0
+        return {"done": done, "used": used, "deeds": self._told()}
+
+    def _show(self) -> None:
+        """Let the coordinator have the model."""
+        with self.monitor:
+            x = self.method.params(self.node.state).detach().cpu()
+        self.link.send(self.head._replace(kind=Kind.MODEL, step=self.node.step), Form.of(x).pack(x))
 
     def _mend(self, lost: LinkLost) -> None:
         """The coordinator is gone: join again, as a new life."""

@@ -1,0 +1,408 @@
+"""Peers on real sockets: what goes in rounds ends where the simulator ends, what does not is what its replay is."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import offbeat as ob
+from offbeat.core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod
+from offbeat.core.method import Local
+from offbeat.core.topology import Ring
+from offbeat.names import read
+from offbeat.runtime.coordinator import Coordinator, host_for
+from offbeat.runtime.host import Terms
+from offbeat.runtime.place import Place, first_node
+from offbeat.runtime.replica import enter
+from offbeat.runtime.room import Room, Seat
+from offbeat.runtime.worker import Driver, train
+
+PEERS = [cls for cls in ob.methods.all_methods() if not issubclass(cls, ob.ServerMethod | Local)]
+ROUNDS = [cls for cls in PEERS if not issubclass(cls, PushGossipMethod | PairGossipMethod)]
+GOSSIP = [cls for cls in PEERS if issubclass(cls, GossipMethod)]
+PROBLEM = ob.tasks.Quadratic(dtype="float64")
+TOKEN, LIMIT = "secret", 60.0
+
+
+class Run:
+    """A coordinator and peers as threads of this process, over real sockets."""
+
+    def __init__(self, folder: Path, method: ob.Method, workers: int, gradients: int | None, **terms: Any) -> None:
+        self.method, self.workers = method, workers
+        settings = {"seed": 1, "transport": "tcp", "timeout": 5.0, "beat": 0.2} | terms
+        self.terms = Terms(method, gradients, workers, **settings)
+        self.said: list[str] = []
+        self.host = host_for(self.terms)(self.terms, TOKEN, folder, read, self.said.append)
+        self.folder = folder
+        self.place = Place((f"127.0.0.1:{self.host.port}",), TOKEN, patience=10.0, timeout=5.0)
+        self.errors: list[BaseException] = []
+        self.threads = [threading.Thread(target=self.host.run, daemon=True)]
+        self.threads[0].start()
+
+    def enter(self, worker: int) -> Driver:
+        hello = {"problem": repr(PROBLEM), "layout": None}
+        return enter(replace(self.place, worker=worker), PROBLEM.x0(), self.method, hello, read, self.said.append)
+
+    def start(self, worker: int, act: Callable[[Driver], None]) -> None:
+        """``worker`` joins and does ``act``, in a thread of its own."""
+
+        def live() -> None:
+            try:
+                act(self.enter(worker))
+            except BaseException as error:
+                self.errors.append(error)
+
+        self.threads.append(threading.Thread(target=live, daemon=True))
+        self.threads[-1].start()
+
+    def end(self) -> tuple[Tensor, ob.Trace]:
+        """Wait for the end; the model, and the trace."""
+        end = time.monotonic() + LIMIT
+        for thread in [*self.threads[1:], self.threads[0]]:
+            thread.join(max(0.1, end - time.monotonic()))
+            assert not self.errors, self.errors
+            assert not thread.is_alive(), self.said[-5:]
+        return self.host.x(), ob.Trace.read(self.folder / "trace.jsonl")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    made: list[Run] = []
+
+    def make(*args: Any, **settings: Any) -> Run:
+        made.append(Run(tmp_path / str(len(made)), *args, **settings))
+        return made[-1]
+
+    yield make
+    for run in made:
+        run.host.stop()
+        run.threads[0].join(10)
+
+
+def whole(run: Run, speed: ob.Speed | None = None) -> tuple[Tensor, ob.Trace]:
+    for i in range(run.workers):
+        run.start(i, lambda driver: train(driver, PROBLEM, speed))
+    return run.end()
+
+
+def short(cls: type[ob.Method]) -> ob.Method:
+    """The method with blocks so short that a short run has several."""
+    names = getattr(cls, "__dataclass_fields__", {})
+    return cls(**{name: value for name, value in {"period": 2, "start": 4}.items() if name in names})
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("cls", ROUNDS, ids=lambda cls: cls.__name__)
+def test_rounds_end_where_the_simulator_ends(cls: type[ob.Method], workers: int, runs: Callable[..., Run]) -> None:
+    method, gradients = short(cls), 16 * workers
+    run = runs(method, workers, None)
+    for i in range(workers):
+        run.start(i, some(16, done=True))
+    x, trace = run.end()
+    wanted = ob.simulate(method, PROBLEM, ob.Cluster(workers), gradients=gradients, seed=1)
+    assert len(trace) == gradients
+    torch.testing.assert_close(x, wanted.x, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("transport", ["shared", "gloo"])
+@pytest.mark.parametrize("cls", GOSSIP, ids=lambda cls: cls.__name__)
+def test_gossip_over_shared_memory_and_gloo(cls: type[ob.Method], transport: str, runs: Callable[..., Run]) -> None:
+    x, trace = whole(runs(short(cls), 2, 24, transport=transport))
+    assert len(trace) == 24
+    torch.testing.assert_close(x, ob.rerun(trace).x, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("cls", PEERS, ids=lambda cls: cls.__name__)
+def test_a_replay_is_the_run(cls: type[ob.Method], runs: Callable[..., Run]) -> None:
+    """With uneven speeds, so that those who do not wait meet in an order of their own."""
+    x, trace = whole(runs(short(cls), 3, 48), ob.Gamma(0.002, 0.5, 0.8))
+    again = ob.rerun(trace)
+    assert len(trace) == len(again.trace) == 48
+    torch.testing.assert_close(x, again.x, rtol=0, atol=1e-9)
+
+
+def some(count: int, done: bool = False) -> Callable[[Driver], None]:
+    """Take ``count`` gradients, deliver them, and leave in good order, before the run is over unless ``done``."""
+
+    def act(driver: Driver) -> None:
+        taken = 0
+        while (taken < count or not driver.free) and driver.ticket() is not None:
+            driver.use()
+            g, loss = PROBLEM.grad(driver.x, driver.terms.worker, driver.node.step)
+            time.sleep(0 if done else 0.005)
+            driver.step(g, float(loss))
+            taken += 1
+        driver.leave(done)
+
+    return act
+
+
+def dies(count: int) -> Callable[[Driver], None]:
+    """Take ``count`` gradients and be gone without a word."""
+
+    def act(driver: Any) -> None:
+        for _ in range(count):
+            driver.ticket()
+            driver.use()
+            g, loss = PROBLEM.grad(driver.x, driver.terms.worker, driver.node.step)
+            time.sleep(0.005)
+            driver.step(g, float(loss))
+        driver._hang_up()
+
+    return act
+
+
+def late(act: Callable[[Driver], None], seconds: float, run: Run, worker: int) -> None:
+    """``worker`` comes after some time."""
+    timer = threading.Timer(seconds, lambda: run.start(worker, act))
+    timer.daemon = True
+    timer.start()
+    run.threads.append(timer)
+
+
+@pytest.mark.parametrize("cls", PEERS, ids=lambda cls: cls.__name__)
+def test_peers_come_leave_and_die(cls: type[ob.Method], runs: Callable[..., Run]) -> None:
+    """Two stay, one leaves, one dies, one comes late and one comes back: the run ends, with every minibatch used once."""
+    run = runs(short(cls), 4, 300)
+    stay = lambda driver: train(driver, PROBLEM, ob.Fixed(0.005))  # noqa: E731
+    run.start(0, stay)
+    run.start(1, stay)
+    run.start(2, some(10))
+    run.start(3, dies(14))
+    late(stay, 0.3, run, 4)
+    late(stay, 0.5, run, 2)
+    x, trace = run.end()
+    what = [(i.worker, i.what) for i in trace.incidents]
+    assert (2, "left") in what
+    assert (3, "crashed") in what
+    assert what.count((2, "joined")) == 2
+    assert (4, "joined") in what
+    assert run.host.tickets.done == 300
+    assert torch.isfinite(x).all()
+    assert PROBLEM.evaluate(x)["loss"] < PROBLEM.evaluate(PROBLEM.x0())["loss"]
+
+
+def test_a_coordinator_starts_again_from_its_snapshot(runs: Callable[..., Run], tmp_path: Path) -> None:
+    """Peers dial again and go on from the mean that was kept last."""
+    run = runs(ob.methods.LocalSGD(period=2), 2, 400, every=0.2)
+    for i in range(2):
+        run.start(i, lambda driver: train(driver, PROBLEM, ob.Fixed(0.004)))
+    time.sleep(1.2)
+    done, port = run.host.tickets.done, run.host.port
+    assert done > 0
+    run.host.stop()
+    run.threads[0].join(10)
+    again = Coordinator(run.terms, TOKEN, run.folder, read, run.said.append, port=port)
+    assert again.resume()
+    assert again.tickets.done > 0
+    run.host = again
+    run.threads[0] = threading.Thread(target=again.run, daemon=True)
+    run.threads[0].start()
+    x, _ = run.end()
+    assert again.tickets.done == 400
+    assert PROBLEM.evaluate(x)["loss"] < PROBLEM.evaluate(PROBLEM.x0())["loss"]
+    assert any("resumed from" in text for text in run.said)
+
+
+# ---------------------------------------------------------------- the user's own optimizer
+
+
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], ob.Rule]] = {
+    "SGD": (
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+        ob.SGD(0.05, momentum=0.9, nesterov=True),
+    ),
+    "AdamW": (lambda p: torch.optim.AdamW(p, lr=0.01), ob.AdamW(0.01)),
+}
+
+
+@pytest.mark.parametrize("buffering", ["maintain", "reset", "average"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_users_optimizer_takes_the_steps_of_the_rule_of_its_name(name: str, buffering: str) -> None:
+    torch.manual_seed(0)
+    make, rule = OPTIMIZERS[name]
+    mine = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    theirs = copy.deepcopy(mine)
+    slow = {"period": 4, "beta": 0.5, "buffering": buffering}
+    a = ob.Replica(mine, ob.methods.SlowMo(**slow), optimizer=make(mine.parameters()))
+    b = ob.Replica(theirs, ob.methods.SlowMo(ob.Local(rule), **slow))
+    for _ in range(30):
+        x = torch.randn(8, 5).double()
+        for model, replica in ((mine, a), (theirs, b)):
+            model(x).square().mean().backward()
+            replica.step()
+    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_an_optimizer_that_cannot_take_the_steps_is_refused() -> None:
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"ASGD has no local rule .* leave the optimizer out"):
+        ob.Replica(model, ob.methods.ASGD(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="the optimizer has 2 trainable parameters, of which 0 are the model's"):
+        ob.Replica(model, ob.methods.LocalSGD(), optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+def test_replicas_are_equal_after_an_average_though_a_scaler_skips_steps(runs: Callable[..., Run]) -> None:
+    """One of two workers has an overflow in each block: it skips the step, not the average."""
+    run = runs(ob.methods.LocalSGD(period=3), 2, None)
+    models: dict[int, list[Tensor]] = {0: [], 1: []}
+
+    def live(worker: int) -> None:
+        try:
+            torch.manual_seed(0)
+            model = nn.Linear(4, 2)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            place = replace(run.place, worker=worker)
+            replica = ob.Replica(model, run.method, optimizer=optimizer, place=place)
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
+            for k in range(12):
+                x = torch.full((3, 4), 0.1 * (k + 1) * (worker + 1))
+                loss = model(x).square().mean() * (float("inf") if worker == 1 and k % 3 == 1 else 1.0)
+                scaler.scale(loss).backward()
+                scaler.step(replica)
+                scaler.update()
+                if k % 3 == 2:
+                    models[worker].append(replica.flat.data.clone())
+            replica.leave()
+        except BaseException as error:
+            run.errors.append(error)
+
+    for i in range(2):
+        run.threads.append(threading.Thread(target=live, args=(i,), daemon=True))
+        run.threads[-1].start()
+    run.end()
+    assert len(models[0]) == len(models[1]) == 4
+    for a, b in zip(models[0], models[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+    assert not torch.equal(models[0][0], models[0][1])
+
+
+# ---------------------------------------------------------------- where a run is
+
+
+def test_torchrun_and_slurm_say_where_a_run_is() -> None:
+    torchrun = {"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5000"}
+    assert Place.read(torchrun) == Place(("10.0.0.1:5001",), worker=2)
+    assert Place.read({**torchrun, "RANK": "0"}) == Place(("10.0.0.1:5001",), worker=0, hosts=4)
+    slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_JOB_NODELIST": "gpu[03-05,09],x", "SLURM_JOB_ID": "70001"}
+    assert Place.read(slurm) == Place(("gpu03:29401",), worker=1)
+    ours = {"OFFBEAT_SERVER": "h:1", "OFFBEAT_WORKER": "7", "OFFBEAT_TOKEN": "t", "OFFBEAT_PATIENCE": "3"}
+    assert Place.read({**torchrun, **ours}) == Place(("h:1",), "t", 7, patience=3.0)
+    assert Place.read({}) == Place()
+    with pytest.raises(ValueError, match="OFFBEAT_WORKER = 'x': must be a number"):
+        Place.read({"OFFBEAT_WORKER": "x"})
+
+
+@pytest.mark.parametrize(("nodes", "first"), [("a", "a"), ("a,b", "a"), ("n[1-4]", "n1"), ("n[007,9],m", "n007")])
+def test_the_first_node_of_a_slurm_list(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
+
+
+SCRIPT = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import offbeat as ob
+torch.set_num_threads(1)
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(64, 5), torch.randn(64, 2))
+model = nn.Linear(5, 2)
+replica = ob.Replica(model, METHOD)
+count = 0
+for _ in range(2):
+    for x, y in replica.shard(DataLoader(data, batch_size=4)):
+        nn.functional.mse_loss(model(x), y).backward()
+        replica.step()
+        count += 1
+print("took", count, flush=True)
+"""
+
+
+@pytest.mark.parametrize("method", ["ob.methods.SGP()", "ob.methods.ADPSGD()", "ob.methods.DanaZero(0.01)"])
+def test_a_script_under_torchrun(method: str, tmp_path: Path) -> None:
+    """Nothing is said but the method, in the script; rank 0 hosts the run."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.replace("METHOD", method))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        str(script),
+    ]
+    environment = {**os.environ, "OFFBEAT_OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
+    environment["MASTER_PORT"] = str(20_000 + os.getpid() % 10_000)
+    command[command.index("--master-port") + 1] = environment["MASTER_PORT"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    counts = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("took")]
+    assert len(counts) == 2
+    assert sum(counts) == 2 * 16
+    assert (tmp_path / "out" / "model.pt").exists()
+
+
+# ---------------------------------------------------------------- bookkeeping
+
+
+def seats(*workers: int) -> list[Seat]:
+    return [Seat(worker, worker + 1, f"h:{worker}", "here") for worker in workers]
+
+
+def test_an_average_that_a_death_breaks_is_taken_again_without_the_dead() -> None:
+    room = Room(ob.methods.AllReduce())
+    room.found(seats(0, 1, 2))
+    first = [room.reduce(worker, (0, 1, 2), 1) for worker in (0, 1, 2)]
+    assert first[0] is first[1] is first[2]
+    assert first[0].ranks == (0, 1, 2)
+    room.vote(0, first[0], True)
+    room.leave(2)
+    assert first[0].good is None
+    room.vote(1, first[0], True)
+    assert first[0].good is False
+    again = room.reduce(0, (0, 1, 2), 1)
+    assert again is not first[0]
+    assert again.group != first[0].group
+    assert again.ranks == ()
+    assert room.reduce(1, (0, 1, 2), 1).ranks == (0, 1)
+    room.vote(0, again, True)
+    room.vote(1, again, True)
+    assert again.good is True
+    assert not room.averages
+
+
+def test_nobody_waits_for_the_dead_to_average() -> None:
+    room = Room(ob.methods.AllReduce())
+    room.found(seats(0, 1))
+    average = room.reduce(0, (0, 1), 1)
+    assert average.ranks == ()
+    room.leave(1)
+    assert average.ranks == (0,)
+
+
+def test_a_newcomer_begins_with_the_first_peer_to_reach_its_round() -> None:
+    room = Room(ob.methods.DPSGD(topology=Ring()))
+    room.found(seats(0, 1))
+    assert room.views.at(0) == room.views.at(1) == (0, 1)
+    assert room.enter(seats(5)[0]) is None
+    assert room.begin(0, 1) == []
+    assert [seat.worker for seat in room.begin(1, 2)] == [5]
+    assert room.begin(0, 2) == []
+    assert room.views.at(2) == (0, 1, 5)
+    assert [seat.worker for seat in room.leave(1)] == [5], "its state was to come from the one who died"
+    assert set(room.seats) == {0}
