@@ -199,8 +199,10 @@ class Coordinator(Host):
             if header.kind == Kind.VIEW:
                 return {"members": room.views.at(int(note["step"]))}
             tickets = self._hand(session, note)
-            if note.get("more") or session.worker not in room.seats:
-                return {"tickets": tickets, "welcome": [], "show": False}
+            if note.get("more"):
+                return {"tickets": tickets}
+            if session.worker not in room.seats:  # who gave it its state has gone meanwhile, and its round with it
+                return {"again": True}
             self.step = max(self.step, header.step)
             newcomers = room.begin(session.worker, int(note["step"]))
             if newcomers:

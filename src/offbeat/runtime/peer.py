@@ -239,6 +239,8 @@ class Peer(Driver):
             number, before = self.taken.get(key, (0, None))
             if header.version <= number:
                 answer = before
+            elif header.kind == Kind.STATE and self.state is not None:
+                pass  # it has begun, with the state of one who has died since
             elif header.kind == Kind.STATE:
                 self.state = self.form.unpack(frame.payload), header.step
                 self.deeds.append(["born", which])
@@ -325,6 +327,8 @@ class Peer(Driver):
         want = max(1, self.since) - len(self.tickets)
         self.since = 0
         note = self._call(Kind.BEGIN, {"step": self.node.step, "want": max(0, want)}, "the coordinator's word to go on")
+        if "again" in note:
+            raise LinkLost("the peer that this one began with has gone")
         self.tickets.extend(note["tickets"])
         with self.monitor:
             newcomers, self.newcomers = self.newcomers + note["welcome"], []
