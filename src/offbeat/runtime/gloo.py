@@ -98,7 +98,7 @@ def make_store(host: str, timeout: float) -> tuple[Any, int]:
         is_master=True,
         timeout=timedelta(seconds=timeout),
         wait_for_workers=False,
-        master_listen_fd=sock.detach(),
+        master_listen_fd=sock.detach(), use_libuv=False,
     )
     return store, port
 
