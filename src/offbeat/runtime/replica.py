@@ -76,15 +76,22 @@ class Replica:
             raise ValueError("method = None: give one, or start the script with `offbeat launch --method NAME`")
         else:
             exchange = Alone(method or read(place.method), self.flat.data.clone())
-        self.worker = Worker(exchange, _say)
+        told = threading.current_thread() is threading.main_thread()
+        told = told and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        if told:
+            signal.signal(signal.SIGTERM, self._told)
+        try:
+            self.worker = Worker(exchange, _say)
+        except BaseException:
+            if told:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            raise
         self._life = 0  # of the worker, whose parameters the model holds
         self._shown = False  # whether the model holds the shipped parameters instead
         self._own()
         self._passes = 0
         self._gone = False
         atexit.register(self._exit)
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._told)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -294,9 +294,11 @@ class RunServer:
         link: Link | None = None
         session: Session | None = None
         orderly = False
+        links = contextlib.ExitStack()
+        links.callback(sock.close)
         try:
-            link = accept(sock, self.token, name, self.terms.timeout)
-            session = self._welcome(link)
+            link = links.enter_context(contextlib.closing(accept(sock, self.token, name, self.terms.timeout)))
+            session = self._welcome(link, links)
             orderly = self._serve(session)
         except PermissionError as error:
             self._refuse(f"{error}: no link is made")
@@ -319,14 +321,13 @@ class RunServer:
                     finished = self.finished
                 if orderly and finished and not self.over():
                     self.save()  # who has finished does not come again, should the server have to
-                session.link.close()
-            (link or sock).close()
+            links.close()
 
-    def _welcome(self, link: Link) -> Session:
-        """Agree with a worker on the run, and seat it; its first reply is in its outbox."""
+    def _welcome(self, link: Link, links: contextlib.ExitStack) -> Session:
+        """Agree with a worker on the run, and seat it; its first reply is in its outbox. ``links`` are closed at its end."""
         hello = link.recv({Kind.HELLO: 0}, "its hello")
         note = hello.note if isinstance(hello.note, dict) else {}
-        better, worker = link, -1
+        worker = -1
         try:
             with self.opening if self.server is None else contextlib.nullcontext():  # the first one brings the model
                 first = self.server is None
@@ -342,6 +343,7 @@ class RunServer:
                     push, reply = forms(self.method, self.parameters, self.dtype)
                     model = self._model.bytes
                     better, way = self._way(link, note, (max(reply.bytes, model), max(push.bytes, model)))
+                    links.callback(better.close)
                     terms = {
                         "worker": worker,
                         "incarnation": head.incarnation,
@@ -360,10 +362,6 @@ class RunServer:
                     if self.server is None:  # whoever comes next is the first
                         self.method, self.parameters, self.problem, self.layout = self.terms.method, 0, "", []
             return self._seat(Session(worker, head.incarnation, note.get("process"), better, head, push, reply), note)
-        except BaseException:
-            if better is not link:
-                better.close()
-            raise
         finally:
             if worker >= 0:
                 with self.lock:
@@ -773,7 +771,8 @@ class RunServer:
                         entry = json.loads(text)
                         if "step" in entry:
                             lost, seconds = lost + 1, entry["seconds"]
-        self.journal = open(path, mode if path.exists() else "w", encoding="utf-8")  # noqa: SIM115
+        mode = mode if path.exists() else "w"
+        self.journal = open(path, mode, buffering=1, encoding="utf-8")  # noqa: SIM115  (a kill loses no line)
         self.journal.seek(place)
         self.journal.truncate()
         return lost, seconds
