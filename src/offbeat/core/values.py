@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-
 _ALONE = threading.Lock()  # Python 3.11's parser fails now and then when two threads use it at once
 
 
