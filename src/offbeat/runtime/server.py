@@ -554,7 +554,14 @@ class RunServer:
         """The method's handler as a transaction: what is not finite never takes the place of what is."""
         assert self.method is not None
         kernel = self.kernel
-        new = (kernel or self.method.serve)(s, own, msg)
+        try:
+            new = (kernel or self.method.serve)(s, own, msg)
+        except Exception as error:
+            if kernel is None:
+                raise
+            self.say(f"the kernel has failed, and visits are eager again ({str(error).splitlines()[0][:200]})")
+            self.kernel = kernel = None
+            new = self.method.serve(s, own, msg)
         good = finite(new[2]) and (self.calm or finite(new[:2]))
         if kernel:  # the buffers of what is not kept are the next visit's
             kernel.spare(0, s if good else new[0])
