@@ -258,6 +258,39 @@ def test_sigterm_at_a_script(processes: Processes, method: str) -> None:
     assert all(count % (8 if method == "async-local-sgd" else 1) == 0 for count in counts.values())
 
 
+EPOCHS = """
+import sys, time
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+import offbeat as ob
+
+model = torch.nn.Linear(1, 1)
+replica = ob.Replica(model, ob.methods.DanaZero(lr=1e-6))
+loader = DataLoader(TensorDataset(torch.arange(80.0)[:, None]), 2, shuffle=True, num_workers=int(sys.argv[1]))
+for epoch in range(3):
+    for (x,) in replica.shard(loader):
+        time.sleep(0.03)
+        model(x).square().mean().backward()
+        replica.step()
+"""
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_scripts_killed_in_their_loops(processes: Processes, ahead: int) -> None:
+    """Workers and the server die in the middle of a pass: each minibatch of each pass is delivered once for all that."""
+    (processes.folder / "epochs.py").write_text(EPOCHS)
+    argv = ["launch", "--workers", "3", "--every", "0.3", "--out", "run", "epochs.py", str(ahead)]
+    process = processes.offbeat(*argv)
+    trace = processes.folder / "run/trace.jsonl"
+    for count, what, worker in ((10, "epochs", "0"), (25, "epochs", "2"), (45, "server", None), (70, "epochs", "1")):
+        until(lambda n=count: trace.exists() and trace.read_text().count('"step"') >= n, f"{count} gradients")
+        os.kill(until(lambda w=(what, worker): processes.living(*w), "the victim")[0], signal.SIGKILL)
+    assert processes.ends(process) == 0, processes.said(process)
+    assert len(ob.Trace.read(trace)) == 3 * 40
+    assert processes.said(process).count("was killed by SIGKILL") == 4
+    assert not processes.living("epochs")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_the_launcher(processes: Processes, number: signal.Signals) -> None:
     """All leave in good order, a snapshot is written, and nobody is left; --resume does the rest."""
