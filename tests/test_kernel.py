@@ -27,7 +27,7 @@ def visits(cls: type[ob.ServerMethod], handle: Any, spare: Any = None) -> list[l
         i = 0 if k < 3 else k % 2
         if own[i] is None:
             s, mine, reply = method.admit(s)
-            own[i] = rebuild(mine, [t.clone() for t in leaves(mine)])  # as the server does: a state's buffers are its own
+            own[i] = rebuild(mine, [t.clone() for t in leaves(mine)])  # as the server does: a state shares no buffer
             w[i] = method.init(reply)
         for _ in range(method.length(w[i])):
             w[i] = method.local(w[i], 0.1 * torch.randn(D, generator=generator))
