@@ -77,14 +77,14 @@ def test_replay_is_the_run(serve: Serve, cls: type[ob.ServerMethod], transport: 
 
 @pytest.mark.parametrize(("method", "transport"), [("dana-zero", "shared"), ("ssp", "gloo"), ("easgd", "tcp")])
 def test_replay_is_the_run_of_processes(processes: Processes, method: str, transport: str) -> None:
-    """The same of `offbeat launch`, from what its folder holds."""
+    """The same of `offbeat launch`, from what its folder holds; only what was begun for a next exchange is not in it."""
     argv = ["launch", "--method", method, "--task", "quadratic", "--workers", "3", "--gradients", "120", "--out", "run"]
     launch = processes.offbeat(*argv, "--transport", transport, "--speed", "Fixed((0.001, 0.002, 0.004))")
     assert processes.ends(launch) == 0, processes.said(launch)
     trace, model = ob.Trace.read(processes.folder / "run/trace.jsonl"), load(processes.folder / "run")
     assert same(rerun(trace).x, model)
-    assert len(set(trace.column("worker").tolist())) > 1
-    assert json.loads((processes.folder / "run/summary.json").read_text())["figures"]["gradients"] == len(trace) == 120
+    assert json.loads((processes.folder / "run/summary.json").read_text())["figures"]["gradients"] == len(trace)
+    assert 0 <= 120 - len(trace) <= 3 * (ob.methods.find(method)().period - 1)  # type: ignore[attr-defined]
 
 
 def load(folder: Path) -> Tensor:
