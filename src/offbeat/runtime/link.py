@@ -72,6 +72,9 @@ class Link:
         """At the accepting end: what the other one must know to join the way for payloads."""
         return {}
 
+    def meet(self) -> None:
+        """At both ends, once both know the way for payloads and before the first one: make ready. Raises `LinkLost`."""
+
     def put(self, data: Tensor) -> None:
         """Send ``uint8 Tensor[n]`` to the other end, which takes it."""
         self._write(view(data))

@@ -34,7 +34,7 @@ class Kind(IntEnum):
     MASTER = 6  # asks for the model that would be shipped; and the answer
     LEAVE = 7  # the worker goes in good order
     REFUSED = 8  # what was sent was not taken; the note says why
-    OVER = 9  # the run is over, or ends now: leave
+    MEET = 9  # where the sender listens for what does not go over the link itself, as a note
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -157,7 +157,6 @@ class RunServer:
         if not token and not _loopback(host):
             raise ValueError(f"host {host!r} can be reached from other machines: set OFFBEAT_TOKEN to a secret first")
         self.terms, self.token, self.folder, self.parse, self.say = terms, token, folder, parse, say
-        self.host = host
         self.method = terms.method
         self.problem = ""
         self.layout: list[Any] = []
@@ -181,7 +180,6 @@ class RunServer:
         folder.mkdir(parents=True, exist_ok=True)
         self.kernel: Kernel | None = None
         self.journal: Any = None
-        self._store: Any = None
         self.listener = listen(host, port)
         self.port = self.listener.getsockname()[1]
 
@@ -355,6 +353,7 @@ class RunServer:
                         **way,
                     }
                     link.send(head._replace(kind=Kind.WELCOME), None, {**terms, "model": first})
+                    better.meet()
                     if first:
                         frame = better.recv({Kind.MODEL: self._model.bytes}, "the model")
                         self._start(self._model.unpack(frame.payload))
@@ -454,14 +453,9 @@ class RunServer:
                 raise Refused(str(error)) from None
             return link, {"transport": "shared", "sizes": sizes, **link.offer()}
         if transport == "gloo":
-            from .gloo import GlooLink, make_store
+            from .gloo import GlooLink
 
-            with self.lock:
-                if self._store is None:
-                    self._store = make_store(self.host, self.terms.timeout)
-            store, port = self._store
-            link = GlooLink(link.sock, link.name, link.timeout, store.clone())
-            return link, {"transport": "gloo", "store": port, **link.offer()}
+            return GlooLink(link.sock, link.name, link.timeout, True), {"transport": "gloo"}
         return link, {"transport": "tcp"}
 
     def _start(self, x: Tensor) -> None:

@@ -235,10 +235,10 @@ class Remote(Exchange):
                 theirs, mine = note["sizes"]
                 link = SharedLink(link.sock, link.name, link.timeout, (mine, theirs), note["path"])
             elif note["transport"] == "gloo":
-                from .gloo import GlooLink, join_store
+                from .gloo import GlooLink
 
-                store = join_store(address.rpartition(":")[0].strip("[]"), note["store"], link.timeout)
-                link = GlooLink(link.sock, link.name, link.timeout, store, note["prefix"])
+                link = GlooLink(link.sock, link.name, link.timeout, False)
+            link.meet()
         except BaseException:
             link.close()
             raise
