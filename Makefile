@@ -1,6 +1,7 @@
 # Every target sets up what it needs: the first call makes .venv and installs the project with pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
+PARALLEL := --numprocesses auto --dist loadfile
 
 .PHONY: install demo test check bench clean
 
@@ -15,13 +16,13 @@ demo: install
 	$(BIN)/python examples/demo.py --out runs/demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -22,10 +22,12 @@ import torch.multiprocessing as mp
 
 import offbeat as ob
 from offbeat.names import read
-from offbeat.runtime.gloo import GlooLink, join_store, make_store
+from offbeat.runtime.gloo import GlooLink
+from offbeat.runtime.host import Terms
 from offbeat.runtime.link import Link, SharedLink
-from offbeat.runtime.server import RunServer, Terms
-from offbeat.runtime.worker import Place, Remote, Worker
+from offbeat.runtime.place import Place
+from offbeat.runtime.server import RunServer
+from offbeat.runtime.worker import Remote, Worker
 
 from .measure import Row
 
@@ -81,6 +83,7 @@ def echo(port: int, transport: str, size: int, way: dict[str, Any]) -> None:
     sock = socket.create_connection(("127.0.0.1", port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link = bare(sock, transport, size, way)
+    link.meet()
     try:
         while True:
             if link.ahead:
@@ -96,24 +99,21 @@ def bare(sock: socket.socket, transport: str, size: int, way: dict[str, Any]) ->
     """A link of which only the way for payloads is used: no header, checksum, server or handler."""
     if transport == "shared":
         return SharedLink(sock, "echo", TIMEOUT, (size, size), way.get("path", ""))
-    store = way.get("made") or join_store("127.0.0.1", way["store"], TIMEOUT)
-    return GlooLink(sock, "echo", TIMEOUT, store, way.get("prefix", ""))
+    return GlooLink(sock, "echo", TIMEOUT, accepts=not way)
 
 
 def theirs(transport: str, d: int, count: int) -> list[float]:
     """Seconds of one round trip over the bare transport, in each repeat."""
     size = 4 * d
     listener = socket.create_server(("127.0.0.1", 0))
-    way: dict[str, Any] = {}
-    if transport == "gloo":
-        way["made"], way["store"] = make_store("127.0.0.1", TIMEOUT)
     ends = socket.socketpair()
-    link = bare(ends[0], transport, size, way)
-    way = {"store": way.get("store"), **link.offer()}
+    link = bare(ends[0], transport, size, {})
+    way = {"dials": True, **link.offer()}
     process = mp.get_context("spawn").Process(target=echo, args=(listener.getsockname()[1], transport, size, way))
     process.start()
     link.sock, _ = listener.accept()
     link.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.meet()
     data = torch.full((size,), 1, dtype=torch.uint8)
     seconds = []
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import sys
 import time
 from multiprocessing.connection import Connection
 
@@ -25,16 +26,20 @@ NETWORK = ob.Network(50e-6, 1.25e9)
 
 
 def measure(kind: str, workers: int, link: Connection) -> None:
-    """Microseconds per event and growth of memory in MiB, in a process of its own."""
+    """Microseconds of processor per event and growth of memory in MiB, in a process of its own."""
     torch.set_num_threads(1)
     method, cluster = METHODS[kind], ob.Cluster(workers, network=NETWORK)
     ob.simulate(method, ob.tasks.TimeOnly(), cluster, gradients=workers)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    before = peak()
+    start = time.process_time()
     ob.simulate(method, ob.tasks.TimeOnly(), cluster, gradients=EVENTS)
-    seconds = time.perf_counter() - start
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    link.send((1e6 * seconds / EVENTS, grown / 1024))
+    seconds = time.process_time() - start
+    link.send((1e6 * seconds / EVENTS, peak() - before))
+
+
+def peak() -> float:
+    """The most memory that this process has had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def run() -> list[Row]:
@@ -45,6 +50,7 @@ def run() -> list[Row]:
             here, there = context.Pipe()
             process = context.Process(target=measure, args=(kind, workers, there))
             process.start()
+            there.close()  # so that its death is an EOFError here
             microseconds, memory = here.recv()
             process.join()
             rows += [

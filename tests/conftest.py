@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import pytest
 import torch
+from crew import Nursery, Processes, Serving, shared_memory, time_out, until
 from torch import Tensor
 
 TOLERANCE = 1e-9  # relative, in float64: rounding stays far below it, a wrong term far above
@@ -15,6 +19,39 @@ TOLERANCE = 1e-9  # relative, in float64: rounding stays far below it, a wrong t
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
+    """Starts servers in threads of this process; they, and all threads of theirs, are gone after the test."""
+    before, running = threading.active_count(), list[Serving]()
+
+    def serve(*args: object, folder: str = "run", **options: object) -> Serving:
+        running.append(Serving(*args, tmp_path / folder, **options))  # type: ignore[arg-type]
+        return running[-1]
+
+    with time_out(60):
+        yield serve
+    for one in running:
+        one.stop()
+    until(lambda: threading.active_count() <= before, "the end of all threads of the run", 20)
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def processes(nursery: Nursery, tmp_path: Path) -> Iterator[Processes]:
+    """Starts processes; whatever is left of them after the test is killed, and nothing is left in shared memory."""
+    processes, names = Processes(nursery, tmp_path), shared_memory()
+    with time_out():
+        yield processes
+    processes.end()
+    assert shared_memory() == names
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def test_jin_writes_all_rows_and_says_what_was_not_reached(monkeypatch, tmp_path
 
     run("jin", tmp_path, "--workers 2 --loss 0.001 --gradients 8 --seeds 0", monkeypatch)
     assert all(row["seconds"] == [None] for row in results(tmp_path)["rows"])
-    assert "not reached" in capsys.readouterr().out
+    assert "0 of 1" in capsys.readouterr().out
     assert is_picture(tmp_path / "jin.png")
 
 
@@ -160,12 +160,13 @@ def test_jins_crossing_of_a_loss_and_of_lines() -> None:
     def rows(name: str, *seconds: float) -> list[object]:
         return [script.Row(name, 4 * 4**i, 0.1, [s]) for i, s in enumerate(seconds)]
 
-    first, second, third = script.words(
+    first, second, third, fourth = script.words(
         rows("a", 8.0, 8.0, 8.0) + rows("b", 4.0, 16.0, 32.0) + rows("c", 9.0, 9.0, math.inf)
     )
-    assert first == "fastest: b at 4, a at 16, a at 64"
+    assert first == "fastest: b at 4; a at 16, 64"
     assert second == "a and b: a overtakes between 4 and 16, at about 8"
     assert third == "a and c: a is ahead everywhere"
+    assert fourth == "b and c: c overtakes between 4 and 16, at about 9; b overtakes between 16 and 64"
     nobody = script.words(rows("a", math.inf) + rows("b", math.inf))
     assert nobody[0] == "fastest: nobody at 4"
 

@@ -352,7 +352,7 @@ def test_a_script_under_torchrun(method: str, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     counts = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("took")]
-    assert len(counts) == 2
+    assert len(counts) == 2, done
     assert sum(counts) == 2 * 16
     assert (tmp_path / "out" / "model.pt").exists()
 
@@ -404,5 +404,17 @@ def test_a_newcomer_begins_with_the_first_peer_to_reach_its_round() -> None:
     assert [seat.worker for seat in room.begin(1, 2)] == [5]
     assert room.begin(0, 2) == []
     assert room.views.at(2) == (0, 1, 5)
-    assert [seat.worker for seat in room.leave(1)] == [5], "its state was to come from the one who died"
-    assert set(room.seats) == {0}
+    assert room.leave(1) == []
+    assert set(room.seats) == {0, 5}, "it says itself whether it has got its state"
+    assert room.leave(0) == room.leave(5) == []
+
+
+def test_newcomers_whom_nobody_is_left_to_welcome_begin_anew() -> None:
+    room = Room(ob.methods.ADPSGD())
+    room.found(seats(0))
+    donor = room.enter(seats(1)[0])
+    assert donor is not None
+    assert donor.worker == 0
+    assert set(room.seats) == {0}, "it counts once it has a state"
+    assert [seat.worker for seat in room.leave(0)] == [1]
+    assert not room.coming

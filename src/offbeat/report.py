@@ -261,7 +261,7 @@ def _over_time(comparison: Comparison, name: str, theme: Theme) -> Figure:
     workers, looks = comparison.header["workers"], styles(comparison.header["methods"], theme)
     columns = min(len(workers), 3)
     lines = math.ceil(len(workers) / columns)
-    figure = _figure(4 * columns, 3.4 * lines + 0.7)
+    figure = _figure(max(4 * columns, 7), 3.4 * lines + 0.7)
     panels = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for axes, n in zip(panels, workers, strict=False):
         for row in comparison.rows():

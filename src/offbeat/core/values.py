@@ -9,8 +9,11 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
+
+_ALONE = threading.Lock()  # Python 3.11's parser fails now and then when two threads use it at once
 
 
 def refuse(owner: object, field: str, value: object, cure: str) -> NoReturn:
@@ -55,7 +58,8 @@ def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> Any:
     Raises ``ValueError`` with the offending part for anything that is neither.
     """
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        with _ALONE:
+            tree = ast.parse(text.strip(), mode="eval")
         return _build(tree.body, text, names)
     except SyntaxError as error:
         raise ValueError(f"cannot read the value {text!r}: {error.msg}") from None

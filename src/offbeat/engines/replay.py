@@ -222,14 +222,14 @@ class _Together:
                     node.state = self.method.inherit(node.state, self.states[which])
             elif what == "welcomed":
                 node.state, self.states[(*life, about[0])] = self.method.welcome(node.state)
-            elif what == "left":
-                for key in about[0]:
-                    if tuple(key) not in self.messages:
-                        return False
+            elif what in ("left", "kept"):
+                if any(tuple(key) not in self.messages for key in about[0]):
+                    return False
                 for key in about[0]:
                     give_back(node, self.messages[tuple(key)])
-                self.states[(*life, about[1])] = node.state
-                peer.left = True
+                if what == "left":
+                    self.states[(*life, about[1])] = node.state
+                    peer.left = True
             else:
                 raise ValueError(f"the trace has a deed {what!r} that this version does not know")
         if goes_on:

@@ -19,12 +19,11 @@ from ..core.gossip import GossipMethod
 from ..core.method import Method
 from ..core.periodic import PeriodicMethod
 from ..trace import Deeds, line
-from .host import Host, Refused, Session, Terms
+from .host import Diverging, Host, OtherKind, Session, Terms
 from .link import Frame, Link, LinkLost
 from .message import Corrupt, Header, Kind, finite
 from .room import Average, Room, Seat
 from .server import RunServer
-from .way import Stores
 
 
 @dataclass(eq=False)
@@ -50,7 +49,6 @@ class Coordinator(Host):
         self.shown: dict[int, Tensor] = {}  # the models that peers have shown last
         self.founders: list[Attendance] = []
         self.changed = threading.Condition(self.lock)
-        self.stores = Stores()
         self.gathered = 0.0
 
     @property
@@ -69,15 +67,12 @@ class Coordinator(Host):
         self.gathered = time.monotonic()
 
     def _meet(self, link: Link, note: dict[str, Any], head: Header) -> tuple[Attendance, dict[str, Any]]:
-        if not note.get("peer"):
-            raise Refused(
-                f"{self.method!r} has no server, and the worker wants one: start the same versions everywhere"
-            )
         assert self.method is not None
+        if not note.get("peer"):
+            raise OtherKind(self.method)
         self.method.check(max(self.terms.workers, 1))
         seat = Seat(head.worker, head.incarnation, str(note.get("address")), str(note.get("machine")))
-        _, port = self.stores.made(self.host, self.terms.timeout)
-        way = {"transport": self.terms.transport, "store": port}
+        way = {"transport": self.terms.transport}
         return Attendance(head.worker, head.incarnation, note.get("process"), link, head, seat=seat), way
 
     def _join(self, session: Attendance, note: dict[str, Any]) -> None:
@@ -86,13 +81,19 @@ class Coordinator(Host):
         if self.room.seats:
             donor = self.room.enter(session.seat)
             if donor is not None:
-                self._news()
-                self._send(
-                    self.sessions[donor.worker], Kind.NEWS, {"alive": self._alive(), "welcome": [session.seat.about()]}
-                )
+                self._bring([session.seat], donor)
         else:
             self.founders.append(session)
             threading.Thread(target=self._found, args=(len(self.founders) == 1,), daemon=True).start()
+
+    def _bring(self, newcomers: list[Seat], donor: Seat) -> None:
+        """Tell newcomers who gives them a state, and that one, where it does not know yet."""
+        assert self.room is not None
+        self._news()
+        for seat in newcomers:
+            self._send(self.sessions[seat.worker], Kind.NEWS, {"donor": [donor.worker, donor.life]})
+        if not self.room.rounds:
+            self._send(self.sessions[donor.worker], Kind.NEWS, {"welcome": [seat.worker for seat in newcomers]})
 
     def _found(self, first: bool) -> None:
         """The run begins when all who were launched are there, or when they have had time enough to come."""
@@ -130,25 +131,27 @@ class Coordinator(Host):
     def _without(self, session: Attendance) -> None:
         """A peer takes part no more. When nobody does, those who linger may go."""
         assert self.room is not None
-        for seat in self.room.leave(session.worker):
-            if seat.worker in self.sessions:
-                self._join(self.sessions[seat.worker], {})
+        lost = self.room.leave(session.worker)
+        if not self.room.seats and self.shown:
+            self.start = self.x()
+        for seat in lost:
+            self._join(self.sessions[seat.worker], {})
         if not self.room.seats and not self.founders:
             for other in self.sessions.values():
                 if other.done:
                     self._send(other, Kind.ANSWER, {"over": True})
 
-    def _alive(self) -> dict[str, Any]:
-        """Who can be talked to; of those who are done nothing more comes."""
+    def _alive(self) -> list[dict[str, Any]]:
+        """Who can be talked to: those who take part, those who come, and those who are done, of whom nothing more comes."""
         assert self.room is not None
-        seats = [s.seat for s in self.sessions.values() if s.done and s.seat is not None]
-        done = {str(seat.worker): {**seat.about(), "done": True} for seat in seats}
-        return {**done, **{str(worker): seat.about() for worker, seat in self.room.seats.items()}}
+        done = [s.seat.about("done") for s in self.sessions.values() if s.done and s.seat is not None]
+        coming = [seat.about("coming") for seat in self.room.coming.values()]
+        return [*done, *coming, *(seat.about("in") for seat in self.room.seats.values())]
 
     def _news(self) -> None:
         """Tell all who is there; under the lock."""
         for session in list(self.sessions.values()):
-            self._send(session, Kind.NEWS, {"alive": self._alive(), "all": True})
+            self._send(session, Kind.NEWS, {"alive": self._alive()})
 
     def _send(self, session: Attendance, kind: Kind, note: Any) -> None:
         try:
@@ -157,7 +160,8 @@ class Coordinator(Host):
             session.link.hang_up()  # whose thread sees it
 
     def _serve(self, session: Attendance) -> bool:
-        due = dict.fromkeys((Kind.BEGIN, Kind.VIEW, Kind.REDUCE, Kind.VOTE, Kind.STEP, Kind.LEAVE), 0)
+        kinds = Kind.BEGIN, Kind.VIEW, Kind.REDUCE, Kind.VOTE, Kind.STEP, Kind.MEET, Kind.ORPHAN, Kind.LEAVE
+        due = dict.fromkeys(kinds, 0)
         due[Kind.MODEL] = self._model.bytes
         while True:
             frame = session.link.recv(due, "its next word")
@@ -168,6 +172,9 @@ class Coordinator(Host):
                 )
             if header.kind == Kind.LEAVE:
                 with self.lock:
+                    if "diverged" in note:
+                        self.say(self._diverged(session, header.step, str(note["diverged"])[:200]))
+                        return False
                     self._did(session, note)
                     self._used(session, note.get("used"))
                     if note.get("done") and not session.done:
@@ -185,34 +192,60 @@ class Coordinator(Host):
         if header.kind in (Kind.REDUCE, Kind.VOTE):
             return self._average(session, header.kind, note)
         with self.changed:
+            if self.sessions.get(session.worker) is not session:
+                raise LinkLost(f"worker {session.worker} speaks on the link of a life that is over")
             if header.kind == Kind.MODEL:
                 x = self._model.unpack(frame.payload)
                 if not finite(x):
-                    raise Refused(self._diverged(session, header.step, "its model is not finite"))
+                    raise Diverging(self._diverged(session, header.step, "its model is not finite"))
                 self.shown[session.worker] = x
                 self.step = max(self.step, header.step)
-                return None
-            if header.kind == Kind.STEP:
+            elif header.kind == Kind.STEP:
                 self._did(session, note)
                 self._record(session, self.steps.get(session.worker, 0), 1, note, 0, {})
-                return None
-            if header.kind == Kind.VIEW:
-                return {"members": room.views.at(int(note["step"]))}
-            tickets = self._hand(session, note)
-            if note.get("more"):
-                return {"tickets": tickets}
-            if session.worker not in room.seats:  # who gave it its state has gone meanwhile, and its round with it
-                return {"again": True}
-            self.step = max(self.step, header.step)
-            newcomers = room.begin(session.worker, int(note["step"]))
-            if newcomers:
+            elif header.kind == Kind.MEET:
+                average = session.average
+                for other in average.ranks if average is not None and average.group == note.get("group") else ():
+                    if other != session.worker and other in self.sessions:
+                        self._send(self.sessions[other], Kind.MEET, note)
+            elif header.kind == Kind.ORPHAN:
+                self._without(session)
+                self._join(session, {})
                 self._news()
-            if time.monotonic() - self.gathered > min(1.0, self.terms.every / 4):
-                self.gathered = time.monotonic()
-                for other in self.sessions.values():
-                    other.show = True
-            show, session.show = session.show, False
-            return {"tickets": tickets, "welcome": [seat.about() for seat in newcomers], "show": show}
+                self.changed.notify_all()
+            elif header.kind == Kind.VIEW:
+                return {"members": room.views.at(_round(note))}
+            else:
+                return self._go_on(session, header, note)
+            return None
+
+    def _go_on(self, session: Attendance, header: Header, note: dict[str, Any]) -> dict[str, Any]:
+        """A peer wants minibatches, and but for those in the middle of a block, to begin a round."""
+        room = self.room
+        assert room is not None
+        assert session.seat is not None
+        tickets = self._hand(session, note)
+        if note.get("more"):
+            return {"tickets": tickets}
+        self.step = max(self.step, header.step)
+        new = session.worker not in room.seats
+        if session in self.founders:  # it was to begin anew, and has got a state from one who has gone since
+            self.founders.remove(session)
+            room.found([session.seat], _round(note))
+            for other in self.founders:
+                self._join(other, {})
+            self.founders = []
+        newcomers = room.begin(session.worker, _round(note))
+        if newcomers:
+            self._bring(newcomers, session.seat)
+        elif new:
+            self._news()
+        if time.monotonic() - self.gathered > min(1.0, self.terms.every / 4):
+            self.gathered = time.monotonic()
+            for other in self.sessions.values():
+                other.show = True
+        show, session.show = session.show, False
+        return {"tickets": tickets, "welcome": [seat.worker for seat in newcomers], "show": show}
 
     def _did(self, session: Attendance, note: dict[str, Any]) -> None:
         """Keep what a peer tells of what it has done."""
@@ -225,12 +258,12 @@ class Coordinator(Host):
         assert room is not None
         with self.changed:
             if kind == Kind.REDUCE:
-                members = tuple(int(m) for m in note["members"])
-                average = session.average = room.reduce(session.worker, members, int(note["round"]))
+                average = session.average = room.reduce(session.worker, _members(note), _round(note))
+            elif session.average is None:
+                raise Corrupt(f"worker {session.worker} votes on an average that it has not asked for")
             else:
-                assert session.average is not None
                 average = session.average
-                room.vote(session.worker, average, bool(note["good"]))
+                room.vote(session.worker, average, bool(note.get("good")))
             self.changed.notify_all()
             while not (average.ranks if kind == Kind.REDUCE else average.good is not None):
                 if self.stopping.is_set() or self.sessions.get(session.worker) is not session:
@@ -254,8 +287,6 @@ class Coordinator(Host):
             self.shown.pop(session.worker, None)
         if not session.done:
             self._without(session)
-        if not self.room.seats and self.shown:
-            self.start = self.x()
         self._news()
         self.changed.notify_all()
 
@@ -266,6 +297,22 @@ class Coordinator(Host):
         self._begin(content["x"])
         self.step = content["round"]
         return []
+
+
+def _round(note: dict[str, Any]) -> int:
+    """The round in a note."""
+    value = note.get("round")
+    if not isinstance(value, int) or value < 0:
+        raise Corrupt(f"round {str(value)[:100]} in a note")
+    return value
+
+
+def _members(note: dict[str, Any]) -> tuple[int, ...]:
+    """The members of an average in a note."""
+    value = note.get("members")
+    if not isinstance(value, list) or not all(isinstance(m, int) for m in value):
+        raise Corrupt(f"members {str(value)[:100]} in a note")
+    return tuple(value)
 
 
 def host_for(terms: Terms) -> type[Host]:

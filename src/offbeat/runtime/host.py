@@ -146,7 +146,6 @@ class Host(ABC):
         if not token and not _loopback(host):
             raise ValueError(f"host {host!r} can be reached from other machines: set OFFBEAT_TOKEN to a secret first")
         self.terms, self.token, self.folder, self.parse, self.say = terms, token, folder, parse, say
-        self.host = host
         self.method = terms.method
         self.problem = ""
         self.layout: list[Any] = []
@@ -318,12 +317,16 @@ class Host(ABC):
         link: Link | None = None
         session: Session | None = None
         orderly = False
+        links = contextlib.ExitStack()
+        links.callback(sock.close)
         try:
-            link = accept(sock, self.token, name, self.terms.timeout)
-            session = self._welcome(link)
+            link = links.enter_context(contextlib.closing(accept(sock, self.token, name, self.terms.timeout)))
+            session = self._welcome(link, links)
             orderly = self._serve(session)
         except PermissionError as error:
             self._refuse(f"{error}: no link is made")
+        except OtherKind as other:
+            self._tell(link, repr(other.method), "kind")
         except Corrupt as corrupt:
             self._refuse(str(corrupt))
             self._tell(link, str(corrupt), "corrupt")
@@ -343,14 +346,13 @@ class Host(ABC):
                     finished = self.finished
                 if orderly and finished and not self.over():
                     self.save()  # who has finished does not come again, should the server have to
-                session.link.close()
-            (link or sock).close()
+            links.close()
 
-    def _welcome(self, link: Link) -> Session:
-        """Agree with a worker on the run, and seat it."""
+    def _welcome(self, link: Link, links: contextlib.ExitStack) -> Session:
+        """Agree with a worker on the run, and seat it. ``links`` are closed at its end."""
         hello = link.recv({Kind.HELLO: 0}, "its hello")
         note = hello.note if isinstance(hello.note, dict) else {}
-        better, worker = link, -1
+        worker = -1
         try:
             with self.opening if not self.running else contextlib.nullcontext():  # the first one brings the model
                 first = not self.running
@@ -364,7 +366,7 @@ class Host(ABC):
                     link.name = f"worker {worker}"
                     assert self.method is not None
                     session, way = self._meet(link, note, head)
-                    better = session.link
+                    links.callback(session.link.close)
                     terms = {
                         "worker": worker,
                         "incarnation": head.incarnation,
@@ -376,17 +378,14 @@ class Host(ABC):
                         **way,
                     }
                     link.send(head._replace(kind=Kind.WELCOME), None, {**terms, "model": first})
+                    session.link.meet()
                     if first:
-                        frame = better.recv({Kind.MODEL: self._model.bytes}, "the model")
+                        frame = session.link.recv({Kind.MODEL: self._model.bytes}, "the model")
                         self._start(self._model.unpack(frame.payload))
                 finally:
                     if not self.running:  # whoever comes next is the first
                         self.method, self.parameters, self.problem, self.layout = self.terms.method, 0, "", []
             return self._seat(session, note)
-        except BaseException:
-            if better is not link:
-                better.close()
-            raise
         finally:
             if worker >= 0:
                 with self.lock:
@@ -614,7 +613,8 @@ class Host(ABC):
                         entry = json.loads(text)
                         if "step" in entry:
                             lost, seconds = lost + 1, entry["seconds"]
-        self.journal = open(path, mode if path.exists() else "w", encoding="utf-8")  # noqa: SIM115
+        mode = mode if path.exists() else "w"
+        self.journal = open(path, mode, buffering=1, encoding="utf-8")  # noqa: SIM115  (a kill loses no line)
         self.journal.seek(place)
         self.journal.truncate()
         return lost, seconds

@@ -32,16 +32,18 @@ class Kernel:
         if x.is_cpu and not any(map(shutil.which, ("g++", "clang++", "c++"))):
             raise RuntimeError("no C++ compiler was found")
 
-        def kernel(s: Any, own: Any, msg: Message, out: list[Tensor]) -> list[Tensor]:
-            results = leaves(method.serve(s, own, msg))
+        s, own, reply = method.admit(method.init_server(torch.zeros_like(x)))
+        push = method.push(method.local(method.init(reply), torch.zeros_like(x)))
+        like = s, own, push
+
+        def kernel(into: list[Tensor], out: list[Tensor]) -> list[Tensor]:
+            results = leaves(method.serve(*rebuild(like, into)))
             for buffer, t in zip(out, [t for t in results if t.dim()], strict=True):
                 buffer.copy_(t)
             return [t.clone() for t in results if not t.dim()]  # a fused copy into a 0-dim buffer is lost (torch 2.13)
 
         self.method, self.zero, self.device = method, torch.zeros_like(x), x.device
         self.fused = torch.compile(kernel, fullgraph=True, dynamic=False)
-        s, own, reply = method.admit(method.init_server(torch.zeros_like(x)))
-        push = method.push(method.local(method.init(reply), torch.zeros_like(x)))
         self.like = method.serve(s, own, push)
         self.spares: dict[int, deque[list[Tensor]]] = {part: deque() for part in range(3)}
         self(s, own, push)  # compiles
@@ -51,7 +53,10 @@ class Kernel:
         """What ``serve`` gives, in spare buffers."""
         out = [self.spares[k].pop() if self.spares[k] else self._new(part) for k, part in enumerate(self.like)]
         vectors = [t for part in out for t in part]
-        scalars, rest = iter(self.fused(s, own, msg, vectors)), iter(vectors)
+        into = [
+            t.detach() for t in leaves((s, own, msg))
+        ]  # all distinct: else each way to be the same is compiled apart
+        scalars, rest = iter(self.fused(into, vectors)), iter(vectors)
         whole = [next(rest) if t.dim() else next(scalars) for t in leaves(self.like)]
         state, mine, reply = rebuild(self.like, whole)
         return state, mine, reply

@@ -63,6 +63,7 @@ class Link:
         self.sock, self.name, self.timeout = sock, name, timeout
         self.sending = threading.Lock()
         self.heard = time.monotonic()
+        self.deadline: float | None = None  # until when all that is waited for must have come
         self.sent_bytes = 0
 
     # what another way for payloads overrides
@@ -70,6 +71,9 @@ class Link:
     def offer(self) -> dict[str, Any]:
         """At the accepting end: what the other one must know to join the way for payloads."""
         return {}
+
+    def meet(self) -> None:
+        """At both ends, once both know the way for payloads and before the first one: make ready. Raises `LinkLost`."""
 
     def put(self, data: Tensor) -> None:
         """Send ``uint8 Tensor[n]`` to the other end, which takes it."""
@@ -183,6 +187,8 @@ class Link:
     def _read_into(self, data: memoryview, what: str = "the rest of a message") -> None:
         while len(data):
             try:
+                if self.deadline is not None:
+                    self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
                 count = self.sock.recv_into(data)
             except TimeoutError:
                 raise LinkLost(f"{self.name} was silent for {self.timeout:g} s while {what} was waited for") from None
@@ -346,6 +352,7 @@ def accept(sock: socket.socket, token: str, name: str, timeout: float) -> Link:
     """
     prepare(sock, min(timeout, 10.0))
     link = Link(sock, name, min(timeout, 10.0))
+    link.deadline = time.monotonic() + link.timeout  # a stranger who sends byte after byte is not waited for
     theirs = link._read(len(GREETING) + 32, "a greeting")
     if theirs[: len(GREETING)] != GREETING:
         raise Corrupt(f"{name} does not speak as offbeat does")
@@ -356,7 +363,7 @@ def accept(sock: socket.socket, token: str, name: str, timeout: float) -> Link:
         raise PermissionError(f"{name} does not know the token")
     link._write(_proof(token, b"accepts", theirs, mine))
     prepare(sock, timeout)
-    link.timeout = timeout
+    link.timeout, link.deadline = timeout, None
     return link
 
 

@@ -34,7 +34,7 @@ class Kind(IntEnum):
     MASTER = 6  # asks for the model that would be shipped; and the answer
     LEAVE = 7  # the worker goes in good order
     REFUSED = 8  # what was sent was not taken; the note says why
-    OVER = 9  # the run is over, or ends now: leave
+    MEET = 9  # where the sender listens for what does not go over the link itself, as a note
     # of peers and their coordinator
     BEGIN = 10  # a peer has delivered everything and begins a round
     VIEW = 11  # asks who is in a round
@@ -47,6 +47,7 @@ class Kind(IntEnum):
     ASK = 18  # a message that is answered
     STATE = 19  # the state that a newcomer begins with
     HEIR = 20  # the state of a peer that leaves, for another to take over
+    ORPHAN = 21  # a newcomer says that who was to give it a state has gone
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

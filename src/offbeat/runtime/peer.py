@@ -7,12 +7,14 @@ coordinator says that the receiver is dead: then it comes back. So nothing is lo
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,11 +23,16 @@ from ..core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod, Roun
 from ..core.method import Message, Method
 from ..core.periodic import OuterMethod
 from ..core.protocol import AllReduce, Ask, Gradient, Inbox, Loop, Node, Recv, Request, Send, give_back, loop
+from ..failure import Diverged
+from ..trace import Trace
 from .link import Frame, Link, LinkLost, accept, dial, listen, machine
-from .message import DTYPES, Corrupt, Form, Header, Kind, leaves, rebuild
+from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild
 from .place import Place
-from .way import Stores, offered, taken
+from .way import offered, taken
 from .worker import Driver, Parse, Terms
+
+if TYPE_CHECKING:
+    from .gloo import Group
 
 
 def talk(method: Method, x: Tensor) -> tuple[Form, Form, Form]:
@@ -46,6 +53,14 @@ def talk(method: Method, x: Tensor) -> tuple[Form, Form, Form]:
     return Form.of(message), Form.of(answer), Form.of(state)
 
 
+class Entry(NamedTuple):
+    """A message that has come and is not yet taken."""
+
+    which: tuple[int, int, int]  # its source, which life of it, and its number there
+    round: int | None
+    message: Message
+
+
 class Peer(Driver):
     """Drives the loop of a method without a server, as `Worker` does that of one with."""
 
@@ -59,15 +74,17 @@ class Peer(Driver):
         parse: Parse,
         say: Callable[[str], None],
         lend: Callable[[Method], Method] = lambda method: method,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """``lend`` puts this worker's own optimizer into the run's method."""
         super().__init__(say)
         self.lend = lend
         self.place, self.x0, self.hello, self.parse = place, x0, hello, parse
-        self.worker = place.worker
+        self.worker, self.named = place.worker, place.worker is not None
+        self.process = secrets.token_hex(8)
+        self.stopped: Callable[[], bool] = stopped  # whether to give up dialling
         self.monitor = threading.RLock()  # the node's state, and what has come for it
         self.changed = threading.Condition(self.monitor)
-        self.stores = Stores()
         self.incarnation, self.lost = 0, ""
         self.links: dict[int, Link] = {}
         self._join()
@@ -82,8 +99,10 @@ class Peer(Driver):
             try:
                 self._enter()
                 return
-            except LinkLost as lost:
+            except (LinkLost, Corrupt) as lost:
                 self._hang_up()
+                if self.stopped():
+                    raise LinkLost(f"{lost}; this worker is asked to stop, and dials no more") from None
                 if time.monotonic() + pause > end:
                     raise LinkLost(f"{lost}; nobody came back within {self.place.patience:g} s") from None
                 time.sleep(pause)
@@ -94,50 +113,60 @@ class Peer(Driver):
 
     def _enter(self) -> None:
         address = self.place.servers[0]
-        link = dial(address, self.place.token, "the coordinator", self.place.timeout)
-        self.link, self.lost = link, ""
-        self.listener = listen(link.sock.getsockname()[0])
-        self.alive: dict[int, dict[str, Any]] = {}  # the others: address, machine, life, and the round they came in
-        self.inbox: deque[tuple[list[int], int | None, Message]] = deque()  # with (source, its life, number)
-        self.deeds: list[list[Any]] = []  # since they were last told
-        self.links = {}
-        self.heads: dict[int, Header] = {}
-        self.taken: dict[tuple[int, int], tuple[int, Message | None]] = {}  # last number of each life, and the answer
-        self.numbers = 0
-        self.replies: deque[Frame] = deque()
-        self.views: dict[int, tuple[int, ...]] = {}
-        self.group: tuple[str, Any] = ("", None)
-        self.newcomers: list[dict[str, Any]] = []
-        self.closing = False
+        link = self.link = dial(address, self.place.token, "the coordinator", self.place.timeout)
+        listener = self.listener = listen(link.sock.getsockname()[0])
+        with self.monitor:
+            self.lost = ""
+            self.alive: dict[int, dict[str, Any]] = {}  # the others: see `Seat.about`
+            self.donor: tuple[int, int] | None = None  # who gives this one a state: the worker, and its life
+            self.state: tuple[Any, int] | None = None  # the state to begin with, and the round
+            self.inbox: deque[Entry] = deque()
+            self.meets: deque[dict[str, Any]] = deque()  # where members of a group listen
+            self.deeds: list[list[Any]] = []  # since they were last told
+            self.links = {}
+            self.lives: dict[int, int] = {}  # whose links those are
+            self.taken: dict[
+                tuple[int, int], tuple[int, Message | None]
+            ] = {}  # last number of each life, and the answer
+            self.numbers = 0
+            self.replies: deque[Any] = deque()
+            self.views: dict[int, tuple[int, ...]] = {}
+            self.group: tuple[str, Group | None] = ("", None)
+            self.newcomers: list[int] = []
+            self.closing = False
         self.since = 0  # gradients since the coordinator was last asked to go on
-        self.state: tuple[Any, int] | None = None
         self.last_view: tuple[int, ...] = ()
         head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
-        host, port = self.listener.getsockname()[:2]
-        about = {"worker": self.worker, "parameters": self.x0.numel(), "address": f"{host}:{port}"}
-        link.send(head, None, self.hello | about | {"machine": machine(), "peer": True})
+        host, port = listener.getsockname()[:2]
+        about = {"worker": self.worker, "named": self.named, "process": self.process, "peer": True}
+        about |= {"parameters": self.x0.numel(), "address": f"{host}:{port}", "machine": machine()}
+        link.send(head, None, self.hello | about)
         frame = link.recv({Kind.WELCOME: 0, Kind.REFUSED: 0}, "its welcome")
         if frame.header.kind == Kind.REFUSED:
             raise ValueError(f"the coordinator at {address} refuses this worker: {frame.note['why']}")
         note = frame.note
-        link.timeout = note["timeout"]
+        link.timeout = self.timeout = float(note["timeout"])
         link.sock.settimeout(link.timeout)
-        self.terms_note, self.timeout = note, float(note["timeout"])
-        self.worker, self.incarnation = note["worker"], note["incarnation"]
-        self.head = head._replace(worker=self.worker, incarnation=self.incarnation)
+        self.transport, self.worker = note["transport"], int(note["worker"])
+        head = self.head = head._replace(worker=self.worker, incarnation=note["incarnation"])
         self.method = self.lend(self.parse(note["method"]))
+        self.rounds = not isinstance(self.method, PushGossipMethod | PairGossipMethod)
         self.message, self.answer, self.form = talk(self.method, self.x0.cpu())
+        with self.monitor:
+            self.incarnation = head.incarnation
         if note["model"]:
-            model = Form.of(self.x0.cpu())
-            link.send(self.head._replace(kind=Kind.MODEL), model.pack(self.x0.cpu()))
-        life = self.incarnation
-        threading.Thread(target=self._accept, args=(self.listener, life), daemon=True).start()
-        threading.Thread(target=self._read, args=(link, life), daemon=True).start()
-        threading.Thread(target=self._beats, args=(link, life, float(note["beat"])), daemon=True).start()
+            link.send(head._replace(kind=Kind.MODEL), Form.of(self.x0.cpu()).pack(self.x0.cpu()))
+        threads: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
+            (self._accept, (listener, head.incarnation)),
+            (self._read, (link, head.incarnation)),
+            (self._beats, (link, head, float(note["beat"]))),
+        ]
+        for run, given in threads:
+            threading.Thread(target=run, args=given, daemon=True).start()
         state, step = self._await_state()
         self.node = Node(self.worker, self.method, state, step, since=step, seed=note["seed"], view=self._view)
-        self.rounds = not isinstance(self.method, PushGossipMethod | PairGossipMethod)
         with self.monitor:
+            self._keep(step)
             self.loop: Loop = loop(self.method, self.node)
             request = next(self.loop)
         self.tickets.clear()
@@ -154,26 +183,37 @@ class Peer(Driver):
                 self._wait("the other workers of the first round, or a peer's welcome")
             return self.state
 
+    def _keep(self, step: int) -> None:
+        """What was sent to this life for rounds before its first one is not lost."""
+        early = [entry for entry in self.inbox if entry.round is not None and entry.round < step]
+        if early:
+            self.inbox = deque(entry for entry in self.inbox if entry not in early)
+            for entry in early:
+                give_back(self.node, entry.message)
+            self.deeds.append(["kept", [entry.which for entry in early]])
+
     # threads: what comes from the coordinator and from peers
 
     def _read(self, link: Link, life: int) -> None:
         """Take what the coordinator sends: news at once, answers for whoever has asked."""
         model = Form.of(self.x0.cpu())
-        due = {Kind.NEWS: 0, Kind.ANSWER: 0, Kind.MODEL: model.bytes, Kind.REFUSED: 0, Kind.OVER: 0}
+        due = {Kind.NEWS: 0, Kind.ANSWER: 0, Kind.MEET: 0, Kind.MODEL: model.bytes, Kind.REFUSED: 0}
         try:
             while True:
                 frame = link.recv(due, "the coordinator's next word")
                 with self.changed:
                     if frame.header.kind == Kind.NEWS:
                         self._hear(frame.note)
-                    elif frame.header.kind == Kind.MODEL:
+                    elif frame.header.kind == Kind.MEET:
+                        self.meets.append(frame.note)
+                    elif frame.header.kind == Kind.ANSWER:
+                        self.replies.append(frame.note)
+                    elif frame.header.kind == Kind.REFUSED:
+                        raise LinkLost(f"the coordinator refused the last message: {frame.note['why']}")
+                    elif self.state is None:
                         start = model.unpack(frame.payload).to(self.x0.device)
                         self.state = self.method.init(start), int(frame.header.step)
                         self.deeds.append(["begin", self.state[1]])
-                    elif frame.header.kind == Kind.REFUSED:
-                        raise LinkLost(f"the coordinator refused: {frame.note['why']}")
-                    else:
-                        self.replies.append(frame)
                     self.changed.notify_all()
         except (LinkLost, Corrupt) as lost:
             with self.changed:
@@ -182,15 +222,23 @@ class Peer(Driver):
                 self.changed.notify_all()
 
     def _hear(self, news: dict[str, Any]) -> None:
-        """Who is there now, and who is to be given a state."""
-        self.alive = {int(name): about for name, about in news["alive"].items() if int(name) != self.worker}
+        """Who is there now, whose state this one gets, and who gets this one's."""
+        if "alive" in news:
+            self.alive = {about["worker"]: about for about in news["alive"] if about["worker"] != self.worker}
+        if "donor" in news:
+            self.donor = tuple(news["donor"])
         self.newcomers += news.get("welcome", ())
+        if self.state is None and self.donor is not None:
+            about = self.alive.get(self.donor[0], {})
+            if (about.get("life"), about.get("place")) != (self.donor[1], "in"):
+                self.donor = None
+                self.link.send(self.head._replace(kind=Kind.ORPHAN), None, {})
 
-    def _beats(self, link: Link, life: int, pause: float) -> None:
-        while life == self.incarnation and not self.lost:
+    def _beats(self, link: Link, head: Header, pause: float) -> None:
+        while head.incarnation == self.incarnation and not self.lost:
             time.sleep(pause)
             try:
-                link.beat(self.head)
+                link.beat(head)
             except (LinkLost, ValueError):
                 return
 
@@ -199,49 +247,53 @@ class Peer(Driver):
             try:
                 sock, _ = listener.accept()
             except OSError:
-                return
+                if life != self.incarnation:
+                    return
+                time.sleep(0.1)  # what is refused to one peer, such as too many files, passes
+                continue
             threading.Thread(target=self._react, args=(sock, life), daemon=True).start()
 
     def _react(self, sock: socket.socket, life: int) -> None:
         """Answer one other peer."""
-        link: Link | None = None
-        try:
-            link = accept(sock, self.place.token, "a peer", self.timeout)
-            hello = link.recv({Kind.HELLO: 0}, "its hello")
-            link.name = f"worker {hello.header.worker}"
-            sizes = max(self.answer.bytes, 8), max(self.message.bytes, self.form.bytes, 8)
-            host = sock.getsockname()[0]
-            better, way = offered(link, hello.note["machine"], self.terms_note["transport"], sizes, self.stores, host)
-            link.send(self.head._replace(kind=Kind.WELCOME), None, way)
-            link = better
-            due = {Kind.SEND: self.message.bytes, Kind.ASK: self.message.bytes, Kind.STATE: self.form.bytes}
-            due[Kind.HEIR] = self.form.bytes
-            while True:
-                frame = link.recv(due, "its next message", patient=True)
-                self._take(link, frame, life)
-        except (LinkLost, Corrupt, PermissionError, KeyError, TypeError) as error:
-            if not isinstance(error, LinkLost):
+        with contextlib.ExitStack() as links:
+            links.callback(sock.close)
+            try:
+                link = links.enter_context(contextlib.closing(accept(sock, self.place.token, "a peer", self.timeout)))
+                hello = link.recv({Kind.HELLO: 0}, "its hello")
+                link.name = f"worker {hello.header.worker}"
+                sizes = max(self.answer.bytes, 8), max(self.message.bytes, self.form.bytes, 8)
+                better, way = offered(link, hello.note["machine"], self.transport, sizes)
+                links.callback(better.close)
+                link.send(self.head._replace(kind=Kind.WELCOME), None, way)
+                better.meet()
+                due = {Kind.SEND: self.message.bytes, Kind.ASK: self.message.bytes, Kind.STATE: self.form.bytes}
+                due[Kind.HEIR] = self.form.bytes
+                while True:
+                    self._take(better, better.recv(due, "its next message", patient=True), life)
+            except LinkLost:
+                pass  # whoever it was comes again, or is dead, which the coordinator says
+            except (Corrupt, PermissionError, ValueError, KeyError, TypeError) as error:
                 self.say(f"refused: {error}")
-        finally:
-            if link is not None:
-                link.close()
-            sock.close()
 
     def _take(self, link: Link, frame: Frame, life: int) -> None:
         """One message of a peer: once, however often it is sent."""
         header = frame.header
         key = header.worker, header.incarnation
-        which = [*key, header.version]
+        which = (*key, header.version)
         answer: Message | None = None
         with self.changed:
+            if header.kind == Kind.STATE:  # which may come before the news that it will
+                end = time.monotonic() + self.timeout
+                while life == self.incarnation and self.state is None and self.donor is None and time.monotonic() < end:
+                    self.changed.wait(0.2)
             if life != self.incarnation or self.closing:
                 raise LinkLost("this life is over")
             number, before = self.taken.get(key, (0, None))
             if header.version <= number:
                 answer = before
-            elif header.kind == Kind.STATE and self.state is not None:
-                pass  # it has begun, with the state of one who has died since
             elif header.kind == Kind.STATE:
+                if key != self.donor or self.state is not None:
+                    raise LinkLost("a state that nobody waits for")
                 self.state = self.form.unpack(frame.payload), header.step
                 self.deeds.append(["born", which])
             elif header.kind == Kind.HEIR:
@@ -250,7 +302,7 @@ class Peer(Driver):
                 self.deeds.append(["heir", which])
             elif header.kind == Kind.SEND:
                 round = None if frame.note is None else frame.note["round"]
-                self.inbox.append((which, round, self.message.unpack(frame.payload)))
+                self.inbox.append(Entry(which, round, self.message.unpack(frame.payload)))
             else:
                 assert isinstance(self.method, PairGossipMethod)
                 self.node.state, answer = self.method.meet(self.node.state, self.message.unpack(frame.payload))
@@ -277,21 +329,23 @@ class Peer(Driver):
         with self.changed:
             while not self.replies:
                 self._wait(what)
-            return self.replies.popleft().note
+            return self.replies.popleft()
 
     def _view(self, step: int) -> tuple[int, ...]:
         """Who takes part in round ``step``."""
         if not self.rounds:
-            there = {name for name, about in self.alive.items() if not about.get("done")}
-            members = tuple(sorted({*there, self.worker or 0}))
-            if members != self.last_view:
-                self.last_view = members
-                self.deeds.append(["view", -1, list(members)])
+            with self.monitor:
+                there = {name for name, about in self.alive.items() if about["place"] == "in"}
+                members = tuple(sorted({*there, self.head.worker}))
+                if members != self.last_view:
+                    self.last_view = members
+                    self.deeds.append(["view", -1, list(members)])
             return members
         if step not in self.views:
             self.views = {k: v for k, v in self.views.items() if k > step - 100}
-            self.views[step] = tuple(self._call(Kind.VIEW, {"step": step}, f"the members of round {step}")["members"])
-            self.deeds.append(["view", step, self.views[step]])
+            self.views[step] = tuple(self._call(Kind.VIEW, {"round": step}, f"the members of round {step}")["members"])
+            with self.monitor:
+                self.deeds.append(["view", step, self.views[step]])
         return self.views[step]
 
     def _drive(self, request: Request) -> None:
@@ -300,52 +354,55 @@ class Peer(Driver):
             answer: Any
             if isinstance(request, Send):
                 answer = self._exchange(Kind.SEND, request.to, request.msg, {"round": request.round}) is not None
-                self.deeds.append(["sent", self.numbers, answer])
+                self._did("sent", self.numbers, answer)
             elif isinstance(request, Ask):
                 frame = self._exchange(Kind.ASK, request.to, request.msg, None)
                 answer = None if frame is None else self.answer.unpack(frame.payload)
-                settled = ["asked", self.numbers, frame is not None]
             elif isinstance(request, Recv):
                 answer = self._receive(request)
             elif isinstance(request, Inbox):
                 with self.monitor:
-                    answer = [(which[0], msg) for which, _, msg in self.inbox]
-                    self.deeds.append(["took", [which for which, _, _ in self.inbox]])
+                    answer = [(entry.which[0], entry.message) for entry in self.inbox]
+                    self._did("took", [entry.which for entry in self.inbox])
                     self.inbox.clear()
             else:
                 answer = self._reduce(request)
             with self.monitor:
-                if isinstance(request, Ask):
-                    self.deeds.append(settled)  # here, as it may have been visited meanwhile
+                if isinstance(request, Ask):  # here, as it may have been visited meanwhile
+                    self._did("asked", self.numbers, answer is not None)
                 request = self.loop.send(answer)
         self.request = request
         if request.free:
             self._begin()
 
+    def _did(self, *deed: Any) -> None:
+        """Remember what it did, for a replay."""
+        with self.monitor:
+            self.deeds.append(list(deed))
+
     def _begin(self) -> None:
         """Everything is delivered: tell the coordinator, and welcome who begins here."""
         want = max(1, self.since) - len(self.tickets)
         self.since = 0
-        note = self._call(Kind.BEGIN, {"step": self.node.step, "want": max(0, want)}, "the coordinator's word to go on")
-        if "again" in note:
-            raise LinkLost("the peer that this one began with has gone")
+        note = {"round": self.node.step, "want": max(0, want)}
+        note = self._call(Kind.BEGIN, note, "the coordinator's word to go on")
         self.tickets.extend(note["tickets"])
         with self.monitor:
             newcomers, self.newcomers = self.newcomers + note["welcome"], []
         for newcomer in newcomers:
             with self.monitor:
-                self.alive[newcomer["worker"]] = newcomer
                 self.node.state, state = self.method.welcome(self.node.state)
-                self.deeds.append(["welcomed", self.numbers + 1])
-            self._exchange(Kind.STATE, newcomer["worker"], state, None, self.form)
+                self._did("welcomed", self.numbers + 1)
+            self._exchange(Kind.STATE, newcomer, state, None, self.form)
         if note["show"]:
             self._show()
 
     def _exchange(self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None) -> Frame | None:
         """Bring ``msg`` to a peer; its acknowledgement or answer, None where it is dead."""
+        if not finite(msg):
+            self._diverged(f"what it would send to worker {to} is not finite")
         self.numbers += 1
-        step = self.node.step
-        life = None
+        step, life = self.node.step, None
         while True:
             with self.monitor:
                 about = self.alive.get(to)
@@ -368,15 +425,18 @@ class Peer(Driver):
 
     def _dial(self, to: int, about: dict[str, Any]) -> Link:
         """The link to a peer, as it is in its present life."""
-        if to in self.links and self.heads[to].incarnation == about["life"]:
+        if to in self.links and self.lives[to] == about["life"]:
             return self.links[to]
         self._drop(to)
-        link = dial(about["address"], self.place.token, f"worker {to}", self.timeout)
-        link.send(self.head._replace(kind=Kind.HELLO), None, {"machine": machine()})
-        note = link.recv({Kind.WELCOME: 0}, "its welcome").note
-        self.links[to] = taken(link, note, about["address"])
-        self.heads[to] = Header(Kind.HELLO, incarnation=about["life"])
-        return self.links[to]
+        link: Link = dial(about["address"], self.place.token, f"worker {to}", self.timeout)
+        try:
+            link.send(self.head._replace(kind=Kind.HELLO), None, {"machine": machine()})
+            link = taken(link, link.recv({Kind.WELCOME: 0}, "its welcome").note)
+        except BaseException:
+            link.close()
+            raise
+        self.links[to], self.lives[to] = link, about["life"]
+        return link
 
     def _drop(self, to: int) -> None:
         if to in self.links:
@@ -386,61 +446,91 @@ class Peer(Driver):
         """A message of the round from each source, but for those who will not send one any more."""
         with self.changed:
             while True:
-                here = [entry for entry in self.inbox if entry[0][0] in request.sources and entry[1] == request.round]
-                found = {which[0]: msg for which, _, msg in here}
+                here = [
+                    entry for entry in self.inbox if entry.which[0] in request.sources and entry.round == request.round
+                ]
+                found = {entry.which[0]: entry.message for entry in here}
                 missing = [s for s in request.sources if s not in found and self._comes(s, request.round)]
                 if not missing:
                     break
                 self._wait(f"a message of round {request.round} from workers {', '.join(map(str, missing))}")
             self.inbox = deque(entry for entry in self.inbox if entry not in here)
-            self.deeds.append(["took", [which for which, _, _ in here]])
+            self._did("took", [entry.which for entry in here])
             return {s: found[s] for s in request.sources if s in found}
 
     def _comes(self, source: int, round: int | None) -> bool:
         """Whether a message of this round may still come from there."""
         about = self.alive.get(source)
-        return about is not None and not about.get("done") and (round is None or about["since"] <= round)
+        return about is not None and about["place"] == "in" and (round is None or about["since"] <= round)
 
     def _reduce(self, request: AllReduce) -> Message:
         """The mean over the members who live, by a process group among them; again without who dies meanwhile."""
         parts = leaves(request.msg)
+        if not finite(request.msg):
+            self._diverged("what it would average is not finite")
         while True:
             note = {"round": request.round, "members": list(request.members)}
             told = self._call(Kind.REDUCE, note, f"the average of round {request.round} with {request.members}")
+            name, ranks = told["group"], tuple(told["ranks"])
             sums, good = [t.clone() for t in parts], True
-            if len(told["ranks"]) > 1:
+            if len(ranks) > 1:
                 try:
-                    self._sum(sums, told)
-                except (RuntimeError, LinkLost) as error:
-                    self.say(
-                        f"an average with workers {told['ranks']} broke ({str(error).splitlines()[0][:120]}); again"
-                    )
+                    self._sum(sums, name, ranks)
+                except (LinkLost, Corrupt) as error:
+                    self.say(f"an average with workers {ranks} broke ({error}); again")
                     self.group, good = ("", None), False
-            if self._call(Kind.VOTE, {"group": told["group"], "good": good}, "the votes on an average")["good"]:
-                self.deeds.append(["averaged", told["group"], told["ranks"]])
-                return rebuild(request.msg, [t / len(told["ranks"]) for t in sums])
+            if self._call(Kind.VOTE, {"good": good}, "the votes on an average")["good"]:
+                self._did("averaged", name, ranks)
+                return rebuild(request.msg, [t / len(ranks) for t in sums])
             self.group = "", None
 
-    def _sum(self, tensors: list[Tensor], told: dict[str, Any]) -> None:
-        """Sum over the group, in place."""
-        from .gloo import group, join_store
+    def _sum(self, tensors: list[Tensor], name: str, ranks: tuple[int, ...]) -> None:
+        """Sum over the members, in place."""
+        from .gloo import Group
 
-        if self.group[0] != told["group"]:
-            store = join_store(
-                self.place.servers[0].rpartition(":")[0].strip("[]"), self.terms_note["store"], self.timeout
-            )
-            ranks = told["ranks"]
+        if self.group[0] != name:
+            self.group = "", None
             host = self.link.sock.getsockname()[0]
-            self.group = (
-                told["group"],
-                group(store, told["group"], ranks.index(self.worker), len(ranks), host, self.timeout),
+            rank = ranks.index(self.head.worker)
+            group = Group(
+                lambda entry: self._call_out(name, entry),
+                lambda: self._called(name, ranks),
+                rank,
+                len(ranks),
+                host,
+                self.timeout,
             )
+            self.group = name, group
+        members = self.group[1]
+        assert members is not None
         for dtype in {t.dtype for t in tensors}:
             same = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.reshape(-1) for t in same]).cpu()
-            self.group[1].allreduce([flat]).wait()
+            members.sum(flat)
             for t, part in zip(same, torch.split(flat, [t.numel() for t in same]), strict=True):
                 t.copy_(part.view(t.shape))
+
+    def _call_out(self, name: str, entry: tuple[str, bytes]) -> None:
+        """Tell the other members of a group where this one listens."""
+        self.link.send(
+            self.head._replace(kind=Kind.MEET), None, {"group": name, "key": entry[0], "value": entry[1].hex()}
+        )
+
+    def _called(self, name: str, ranks: tuple[int, ...]) -> tuple[str, bytes]:
+        """Where another member listens."""
+        end = time.monotonic() + self.timeout
+        with self.changed:
+            while True:
+                for note in self.meets:
+                    if note["group"] == name:
+                        self.meets.remove(note)
+                        return str(note["key"]), bytes.fromhex(note["value"])
+                gone = [r for r in ranks if r != self.head.worker and self.alive.get(r, {}).get("place") != "in"]
+                if gone:
+                    raise LinkLost(f"worker {gone[0]} is gone")
+                if time.monotonic() > end:
+                    raise LinkLost(f"not all of workers {ranks} said within {self.timeout:g} s where they listen")
+                self._wait(f"the other members of a group, {ranks},")
 
     # what a training loop sees
 
@@ -449,16 +539,27 @@ class Peer(Driver):
         compute, used, self._used = now - self._since, self._used, 0
         note = {"losses": [loss], "compute": [compute], "waited": self._waited, "used": used, "deeds": self._told()}
         self.since += max(1, used)
+        if not finite(g):
+            self._diverged("its gradient is not finite")
         try:
             self.link.send(self.head._replace(kind=Kind.STEP, step=self.node.step, gradients=1), None, note)
             with self.monitor:
-                self.deeds.append(["step", self.node.step])
+                self._did("step", self.node.step)
                 request = self.loop.send(g)
             self._drive(request)
         except LinkLost as lost:
             self._mend(lost)
         self._since = time.perf_counter()
         self._waited = self._since - now
+
+    def _diverged(self, what: str) -> NoReturn:
+        """Nobody else gets what is not finite: this worker goes."""
+        step = self.node.step
+        with contextlib.suppress(LinkLost):
+            self.link.send(self.head._replace(kind=Kind.LEAVE, step=step), None, {"diverged": what})
+        self._hang_up()
+        why = f"worker {self.head.worker}, step {step}: {what}; lower the learning rate or lengthen the warm-up"
+        raise Diverged(why, Trace(), self.head.worker, step)
 
     def _told(self) -> list[list[Any]]:
         """What it has done since it last said so."""
@@ -485,6 +586,7 @@ class Peer(Driver):
         try:
             if done:
                 self._show()
+                self.group = "", None
                 self.link.send(self.head._replace(kind=Kind.LEAVE), None, self._last(done))
                 with self.changed:
                     while not self.replies:
@@ -492,10 +594,10 @@ class Peer(Driver):
             with self.monitor:
                 self.closing = True
                 if not done:
-                    for _, _, message in self.inbox:
-                        give_back(self.node, message)
-                    self.deeds.append(["left", [which for which, _, _ in self.inbox], self.numbers + 1])
-            heir = min((name for name, about in self.alive.items() if not about.get("done")), default=None)
+                    for entry in self.inbox:
+                        give_back(self.node, entry.message)
+                    self._did("left", [entry.which for entry in self.inbox], self.numbers + 1)
+            heir = min((name for name, about in self.alive.items() if about["place"] == "in"), default=None)
             hands_over = isinstance(self.method, GossipMethod) and type(self.method).inherit is not GossipMethod.inherit
             if not done and heir is not None and hands_over:
                 self._exchange(Kind.HEIR, heir, self.node.state, None, self.form)

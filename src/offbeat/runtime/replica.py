@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sa
 from ..core.method import Method, ServerMethod
 from ..core.seeds import derive
 from ..tasks.flat import Flat
+from .host import OtherKind
 from .optimizer import UserRule, lent
 from .peer import Peer, Solitary
 from .place import Place
@@ -87,15 +89,22 @@ class Replica:
             method, self.rule = lent(method, optimizer, self.flat)
             return method
 
-        self.worker = enter(place, x0, method, {"layout": layout}, read, _say, lambda: self._leaving, lend)
+        told = threading.current_thread() is threading.main_thread()
+        told = told and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        if told:
+            signal.signal(signal.SIGTERM, self._told)
+        try:
+            self.worker = enter(place, x0, method, {"layout": layout}, read, _say, lambda: self._leaving, lend)
+        except BaseException:
+            if told:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            raise
         self._life = 0  # of the worker, whose parameters the model holds
         self._shown = False  # whether the model holds the shipped parameters instead
         self._own()
         self._passes = 0
         self._gone = False
         atexit.register(self._exit)
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._told)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -216,13 +225,14 @@ def enter(
         return Worker(Alone(method, x0), say)
     place.host()
     hello = {**hello, "method": "" if method is None else repr(method)}
-    if method is not None and not isinstance(method, ServerMethod):
-        return Peer(place, x0, hello, parse, say, lend)
-    if method is not None:
-        lend(method)  # which says why not
-    remote = Remote(place, x0, hello, parse)
-    remote.stopped = stopped
-    return Worker(remote, say)
+    if method is None or isinstance(method, ServerMethod):
+        if method is not None:
+            lend(method)  # which says why not
+        remote = Remote(place, x0, hello, parse)
+        remote.stopped = stopped
+        with contextlib.suppress(OtherKind):  # it names a method whose workers are peers
+            return Worker(remote, say)
+    return Peer(place, x0, hello, parse, say, lend, stopped)
 
 
 class _Deal(Sampler[list[int]]):

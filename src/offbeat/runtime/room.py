@@ -2,8 +2,8 @@
 
 Peers that go in rounds must agree who takes part in each, so a change of membership counts from the first round that
 nobody has asked about yet, and a newcomer begins with the state of the first peer to reach that round. Peers that never
-wait see changes at once. An average is taken by those of its members who live, and counts when all of them have voted for
-it: one that a death has broken is taken again without the dead.
+wait see changes at once, and a newcomer counts once it has a state. An average is taken by those of its members who live,
+and counts when all of them have voted for it: one that a death has broken is taken again without the dead.
 """
 
 from __future__ import annotations
@@ -29,15 +29,10 @@ class Seat:
     since: int = 0  # the round in which it came
     step: int = 0  # the round that it has begun
 
-    def about(self) -> dict[str, Any]:
-        """What another peer must know to talk to it."""
-        return {
-            "worker": self.worker,
-            "life": self.life,
-            "address": self.address,
-            "machine": self.machine,
-            "since": self.since,
-        }
+    def about(self, place: str) -> dict[str, Any]:
+        """What another peer must know to talk to it; ``place`` says whether it is in, coming or done."""
+        about = {"worker": self.worker, "life": self.life, "address": self.address, "machine": self.machine}
+        return about | {"since": self.since, "place": place}
 
 
 @dataclass(eq=False)
@@ -59,11 +54,10 @@ class Room:
         self.method = method
         self.rounds = not isinstance(method, PushGossipMethod | PairGossipMethod)
         self.seats: dict[int, Seat] = {}
-        self.waiting: list[tuple[int, Seat]] = []  # newcomers, and the round that each waits for
+        self.coming: dict[int, Seat] = {}  # newcomers, who wait for their round (`since`) or for a state
         self.views = Views(self.rounds)
         self.averages: dict[tuple[Members, int], Average] = {}
         self.attempts = 0
-        self.promised: dict[int, int] = {}  # newcomers, and the peers that are to give them their states
 
     def found(self, seats: list[Seat], step: int = 0) -> None:
         """The run begins with these, at ``step``."""
@@ -71,58 +65,48 @@ class Room:
         for seat in seats:
             seat.since = seat.step = step
         self.views = Views(self.rounds, tuple(sorted(self.seats)), step)
-        self.waiting = []
 
     def enter(self, seat: Seat) -> Seat | None:
-        """A newcomer while others run: the peer whose state it gets at once, or None where it waits for its round."""
+        """A newcomer while others run: the peer that gives it a state now, or None where it waits for its round."""
+        self.coming[seat.worker] = seat
         if not self.rounds:
-            donor = min(self.seats.values(), key=lambda s: s.worker)
-            seat.since = seat.step = donor.step
-            self.views.change(0, {seat.worker}, set())
-            self.seats[seat.worker] = seat
-            self.promised[seat.worker] = donor.worker
-            return donor
-        start = max(self.views.asked + 1, max(s.step for s in self.seats.values()) + 1)
+            donors = sorted(self.seats)
+            return self.seats[donors[seat.life % len(donors)]]
+        seat.since = max(self.views.asked, *(s.step for s in self.seats.values())) + 1
         if isinstance(self.method, PeriodicMethod):
-            start = self.method.boundary(start)
-        self.views.change(start, {seat.worker}, set())
-        seat.since = start
-        self.waiting.append((start, seat))
+            seat.since = self.method.boundary(seat.since)
+        self.views.change(seat.since, {seat.worker}, set())
         return None
 
     def begin(self, worker: int, step: int) -> list[Seat]:
         """A peer begins round ``step``: the newcomers who begin with its state."""
+        if worker in self.coming:
+            self.seats[worker] = seat = self.coming.pop(worker)
+            seat.since = step
+            self.views.change(0, {worker}, set())
         self.seats[worker].step = step
-        self.promised.pop(worker, None)
-        ready = [seat for start, seat in self.waiting if start <= step]
-        self.waiting = [(start, seat) for start, seat in self.waiting if start > step]
+        if not self.rounds:
+            return []
+        ready = [seat for seat in self.coming.values() if seat.since <= step]
         for seat in ready:
             seat.since = seat.step = step
-            self.seats[seat.worker] = seat
-            self.promised[seat.worker] = worker
+            self.seats[seat.worker] = self.coming.pop(seat.worker)
         return ready
 
     def leave(self, worker: int) -> list[Seat]:
-        """A peer has gone: the newcomers who still wait for a state, from it or, if it was the last, from anybody."""
-        lost = [seat for name, seat in self.seats.items() if self.promised.get(name) == worker]
-        self._remove(worker)
-        for seat in lost:
-            self._remove(seat.worker)
-        if all(name in self.promised for name in self.seats):  # nobody is left who has a state
-            lost += [*self.seats.values(), *(seat for _, seat in self.waiting)]
-            self.seats, self.waiting, self.promised = {}, [], {}
-        return lost
-
-    def _remove(self, worker: int) -> None:
-        self.promised.pop(worker, None)
+        """A peer has gone: the newcomers who have nobody left to wait for, if it was the last."""
         self.views.change(self.views.asked + 1 if self.rounds else 0, set(), {worker})
-        self.waiting = [(start, seat) for start, seat in self.waiting if seat.worker != worker]
+        self.coming.pop(worker, None)
         self.seats.pop(worker, None)
         for average in list(self.averages.values()):
             average.missing.discard(worker)
-            if average.ranks and worker in average.ranks and worker not in average.votes:
+            if worker in average.ranks and worker not in average.votes:
                 average.votes[worker] = False
             self._settle(average)
+        if self.seats:
+            return []
+        lost, self.coming = list(self.coming.values()), {}
+        return lost
 
     def reduce(self, worker: int, members: Members, round: int) -> Average:
         """A peer asks for an average: the attempt that it takes part in, ready when it has ``ranks``."""
@@ -130,8 +114,8 @@ class Room:
         average = self.averages.get(key)
         if average is None or average.good is False:
             self.attempts += 1
-            living = {m for m in members if m in self.seats}
-            average = self.averages[key] = Average(f"{self.attempts}", missing=living)
+            there = {m for m in members if m in self.seats and self.seats[m].since < round}
+            average = self.averages[key] = Average(f"{self.attempts}", missing=there)
         average.asked.add(worker)
         average.missing.discard(worker)
         self._settle(average)

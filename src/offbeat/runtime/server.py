@@ -22,7 +22,7 @@ from .host import Diverging, Host, Session
 from .kernel import SMALLEST, Kernel
 from .link import Frame, Link, LinkLost
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild, tame
-from .way import Stores, offered
+from .way import offered
 
 
 def forms(method: ServerMethod, parameters: int, dtype: torch.dtype) -> tuple[Form, Form]:
@@ -61,10 +61,6 @@ class RunServer(Host):
     calm = True
     """Whether the message that is served is far from what overflows."""
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.stores = Stores()
-
     @property
     def running(self) -> bool:
         return self.server is not None
@@ -85,7 +81,7 @@ class RunServer(Host):
         push, reply = forms(self.method, self.parameters, self.dtype)
         model = self._model.bytes
         sizes = max(reply.bytes, model), max(push.bytes, model)
-        link, way = offered(link, note.get("machine"), self.terms.transport, sizes, self.stores, self.host)
+        link, way = offered(link, note.get("machine"), self.terms.transport, sizes)
         return Visitor(head.worker, head.incarnation, note.get("process"), link, head, push=push, reply=reply), way
 
     def _join(self, session: Visitor, note: dict[str, Any]) -> None:
@@ -157,7 +153,14 @@ class RunServer(Host):
         """The method's handler as a transaction: what is not finite never takes the place of what is."""
         assert isinstance(self.method, ServerMethod)
         kernel = self.kernel
-        new = (kernel or self.method.serve)(s, own, msg)
+        try:
+            new = (kernel or self.method.serve)(s, own, msg)
+        except Exception as error:
+            if kernel is None:
+                raise
+            self.say(f"the kernel has failed, and visits are eager again ({str(error).splitlines()[0][:200]})")
+            self.kernel = kernel = None
+            new = self.method.serve(s, own, msg)
         good = finite(new[2]) and (self.calm or finite(new[:2]))
         if kernel:  # the buffers of what is not kept are the next visit's
             kernel.spare(0, s if good else new[0])

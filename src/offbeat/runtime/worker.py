@@ -23,6 +23,7 @@ from ..engines.faults import Fault
 from ..engines.speed import Speed
 from ..failure import Diverged
 from ..trace import Trace
+from .host import OtherKind
 from .link import Frame, Link, LinkLost, dial, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild
 from .place import Place
@@ -194,11 +195,14 @@ class Remote(Exchange):
             )
             frame = link.recv({Kind.WELCOME: 0, Kind.REFUSED: 0}, "its welcome")
             if frame.header.kind == Kind.REFUSED:
-                raise ValueError(f"the server at {address} refuses this worker: {frame.note['why']}")
+                why = frame.note["why"]
+                if frame.note["what"] == "kind":
+                    raise OtherKind(self.parse(why))
+                raise ValueError(f"the server at {address} refuses this worker: {why}")
             note = frame.note
             link.timeout = note["timeout"]
             link.sock.settimeout(link.timeout)
-            link = taken(link, note, address)
+            link = taken(link, note)
         except BaseException:
             link.close()
             raise
