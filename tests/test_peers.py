@@ -327,7 +327,7 @@ for _ in range(2):
         nn.functional.mse_loss(model(x), y).backward()
         replica.step()
         count += 1
-print("took", count, flush=True)
+print(f"took {count}\\n", end="", flush=True)
 """
 
 

@@ -164,6 +164,7 @@ class Host(ABC):
         self.began = time.monotonic()
         self.last = 0.0  # seconds at the last gradient
         self.stopping = threading.Event()
+        self.threads: list[threading.Thread] = []  # one for each worker
         self.snapshots = 0
         folder.mkdir(parents=True, exist_ok=True)
         self.journal: Any = None
@@ -260,6 +261,9 @@ class Host(ABC):
         end()
         with self.lock:
             self.journal.close()
+        until = time.monotonic() + 2.0
+        for thread in self.threads:  # one that is inside of torch while Python ends would abort the process
+            thread.join(max(0.0, until - time.monotonic()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model that would be shipped, by the names of the module's parameters; ``{"x": ...}`` where it has none."""
@@ -310,7 +314,9 @@ class Host(ABC):
                 if not self.stopping.wait(0.1):  # what is refused to one worker, such as too many files, passes
                     self.say(f"a worker could not be accepted ({error.strerror or error})")
                 continue
-            threading.Thread(target=self._session, args=(sock, address), daemon=True).start()
+            self.threads = [thread for thread in self.threads if thread.is_alive()]
+            self.threads.append(threading.Thread(target=self._session, args=(sock, address), daemon=True))
+            self.threads[-1].start()
 
     def _session(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         name = f"the worker at {address[0]}:{address[1]}"

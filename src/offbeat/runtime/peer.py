@@ -64,8 +64,6 @@ class Entry(NamedTuple):
 class Peer(Driver):
     """Drives the loop of a method without a server, as `Worker` does that of one with."""
 
-    link: Link
-
     def __init__(
         self,
         place: Place,
@@ -86,6 +84,11 @@ class Peer(Driver):
         self.monitor = threading.RLock()  # the node's state, and what has come for it
         self.changed = threading.Condition(self.monitor)
         self.incarnation, self.lost = 0, ""
+        self.over = threading.Event()
+        self.link: Any = None  # to the coordinator
+        self.listener: socket.socket | None = None
+        self.threads: list[threading.Thread] = []
+        self.incoming: set[Link] = set()
         self.links: dict[int, Link] = {}
         self._join()
 
@@ -117,6 +120,7 @@ class Peer(Driver):
         listener = self.listener = listen(link.sock.getsockname()[0])
         with self.monitor:
             self.lost = ""
+            self.over = threading.Event()  # whether this life is
             self.alive: dict[int, dict[str, Any]] = {}  # the others: see `Seat.about`
             self.donor: tuple[int, int] | None = None  # who gives this one a state: the worker, and its life
             self.state: tuple[Any, int] | None = None  # the state to begin with, and the round
@@ -156,13 +160,9 @@ class Peer(Driver):
             self.incarnation = head.incarnation
         if note["model"]:
             link.send(head._replace(kind=Kind.MODEL), Form.of(self.x0.cpu()).pack(self.x0.cpu()))
-        threads: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
-            (self._accept, (listener, head.incarnation)),
-            (self._read, (link, head.incarnation)),
-            (self._beats, (link, head, float(note["beat"]))),
-        ]
-        for run, given in threads:
-            threading.Thread(target=run, args=given, daemon=True).start()
+        self._spawn(self._accept, listener, head.incarnation)
+        self._spawn(self._read, link, head.incarnation)
+        self._spawn(self._beats, link, head, float(note["beat"]), self.over)
         state, step = self._await_state()
         self.node = Node(self.worker, self.method, state, step, since=step, seed=note["seed"], view=self._view)
         with self.monitor:
@@ -194,6 +194,12 @@ class Peer(Driver):
 
     # threads: what comes from the coordinator and from peers
 
+    def _spawn(self, run: Callable[..., None], *about: Any) -> None:
+        """Run in a thread of its own, which ends with this life."""
+        self.threads = [thread for thread in self.threads if thread.is_alive()]
+        self.threads.append(threading.Thread(target=run, args=about, daemon=True))
+        self.threads[-1].start()
+
     def _read(self, link: Link, life: int) -> None:
         """Take what the coordinator sends: news at once, answers for whoever has asked."""
         model = Form.of(self.x0.cpu())
@@ -220,6 +226,8 @@ class Peer(Driver):
                 if life == self.incarnation:
                     self.lost = str(lost)
                 self.changed.notify_all()
+        finally:
+            link.close()
 
     def _hear(self, news: dict[str, Any]) -> None:
         """Who is there now, whose state this one gets, and who gets this one's."""
@@ -234,24 +242,20 @@ class Peer(Driver):
                 self.donor = None
                 self.link.send(self.head._replace(kind=Kind.ORPHAN), None, {})
 
-    def _beats(self, link: Link, head: Header, pause: float) -> None:
-        while head.incarnation == self.incarnation and not self.lost:
-            time.sleep(pause)
-            try:
+    def _beats(self, link: Link, head: Header, pause: float, over: threading.Event) -> None:
+        with contextlib.suppress(LinkLost, ValueError):
+            while not over.wait(pause):
                 link.beat(head)
-            except (LinkLost, ValueError):
-                return
 
     def _accept(self, listener: socket.socket, life: int) -> None:
-        while True:
+        while life == self.incarnation:
             try:
                 sock, _ = listener.accept()
             except OSError:
-                if life != self.incarnation:
-                    return
-                time.sleep(0.1)  # what is refused to one peer, such as too many files, passes
+                time.sleep(0.05)  # what is refused to one peer, such as too many files, passes
                 continue
-            threading.Thread(target=self._react, args=(sock, life), daemon=True).start()
+            self._spawn(self._react, sock, life)
+        listener.close()
 
     def _react(self, sock: socket.socket, life: int) -> None:
         """Answer one other peer."""
@@ -264,6 +268,9 @@ class Peer(Driver):
                 sizes = max(self.answer.bytes, 8), max(self.message.bytes, self.form.bytes, 8)
                 better, way = offered(link, hello.note["machine"], self.transport, sizes)
                 links.callback(better.close)
+                with self.monitor:
+                    self.incoming.add(better)
+                    links.callback(self.incoming.discard, better)
                 link.send(self.head._replace(kind=Kind.WELCOME), None, way)
                 better.meet()
                 due = {Kind.SEND: self.message.bytes, Kind.ASK: self.message.bytes, Kind.STATE: self.form.bytes}
@@ -606,6 +613,9 @@ class Peer(Driver):
         except LinkLost as lost:
             self.say(f"{lost}, while this worker was leaving")
         self._hang_up()
+        end = time.monotonic() + 5.0
+        for thread in self.threads:  # one that is inside of torch while Python ends would abort the process
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _last(self, done: bool) -> dict[str, Any]:
         used, self._used = self._used, 0
@@ -624,12 +634,20 @@ class Peer(Driver):
         self._join()
 
     def _hang_up(self) -> None:
-        self.incarnation = 0
-        self.lost = self.lost or "this life is over"
-        for link in (*self.links.values(), *([self.link] if hasattr(self, "link") else [])):
-            link.close()
-        if hasattr(self, "listener"):
-            self.listener.close()
+        """End this life; its threads see it."""
+        with self.changed:
+            self.incarnation = 0
+            self.over.set()
+            self.lost = self.lost or "this life is over"
+            self.group = "", None
+            for to in list(self.links):
+                self._drop(to)
+            for link in (*self.incoming, *([self.link] if self.link is not None else [])):
+                link.hang_up()
+            if self.listener is not None:
+                with contextlib.suppress(OSError):
+                    self.listener.shutdown(socket.SHUT_RDWR)  # else it would wait for one more peer
+            self.changed.notify_all()
 
 
 class Solitary(Driver):

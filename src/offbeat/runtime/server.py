@@ -74,7 +74,7 @@ class RunServer(Host):
         assert isinstance(self.method, ServerMethod)
         self.server = Server.start(self.method, x)
         self.server.handle = self._handle
-        threading.Thread(target=self._fuse, daemon=True).start()
+        threading.Thread(target=self._fuse).start()  # no daemon: Python must not end inside of it
 
     def _meet(self, link: Link, note: dict[str, Any], head: Header) -> tuple[Visitor, dict[str, Any]]:
         assert isinstance(self.method, ServerMethod)
@@ -269,7 +269,7 @@ class RunServer(Host):
         self.server, there = server, list(server.own)
         for worker in there:
             server.leave(worker)
-        threading.Thread(target=self._fuse, daemon=True).start()
+        threading.Thread(target=self._fuse).start()  # no daemon: Python must not end inside of it
         return there
 
 
