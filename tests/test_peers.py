@@ -119,7 +119,9 @@ def test_rounds_end_where_the_simulator_ends(cls: type[ob.Method], workers: int,
 @pytest.mark.parametrize("transport", ["shared", "gloo"])
 @pytest.mark.parametrize("cls", GOSSIP, ids=lambda cls: cls.__name__)
 def test_gossip_over_shared_memory_and_gloo(cls: type[ob.Method], transport: str, runs: Callable[..., Run]) -> None:
-    x, trace = whole(runs(short(cls), 2, 24, transport=transport))
+    run = runs(short(cls), 2, 24, transport=transport)
+    x, trace = whole(run)
+    print("\n".join(run.said))
     assert len(trace) == 24
     torch.testing.assert_close(x, ob.rerun(trace).x, rtol=0, atol=1e-9)
 

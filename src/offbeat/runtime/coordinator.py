@@ -7,6 +7,7 @@ to start from again.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
@@ -65,6 +66,16 @@ class Coordinator(Host):
         assert self.method is not None
         self.start, self.room = x, Room(self.method)
         self.gathered = time.monotonic()
+        threading.Thread(target=self._beats, daemon=True).start()
+
+    def _beats(self) -> None:
+        """Let peers know that this end is alive: most of the time they only listen."""
+        while not self.stopping.wait(self.terms.beat):
+            with self.lock:
+                sessions = list(self.sessions.values())
+            for session in sessions:
+                with contextlib.suppress(LinkLost, ValueError):
+                    session.link.beat(session.head)
 
     def _meet(self, link: Link, note: dict[str, Any], head: Header) -> tuple[Attendance, dict[str, Any]]:
         assert self.method is not None

@@ -84,11 +84,11 @@ class GlooLink(Link):
     def __init__(self, sock: socket.socket, name: str, timeout: float, accepts: bool) -> None:
         """``accepts`` says which end this is: the one that accepted the connection."""
         super().__init__(sock, name, timeout)
-        self.other = int(accepts)
+        self.other, self.host = int(accepts), sock.getsockname()[0]
         self.pair: Group | None = None
 
     def meet(self) -> None:
-        self.pair = Group(self._say, self._hear, 1 - self.other, 2, self.sock.getsockname()[0], self.timeout)
+        self.pair = Group(self._say, self._hear, 1 - self.other, 2, self.host, self.timeout)
 
     def put(self, data: Tensor) -> None:
         assert self.pair is not None

@@ -104,6 +104,8 @@ class Link:
         if len(text) > NOTE:
             raise ValueError(f"a note of {len(text)} bytes: at most {NOTE} are taken")
         header = header._replace(note=len(text))
+        if payload is not None and not payload.numel():
+            payload = None  # the other end takes nothing
         if payload is not None:
             header = header._replace(length=payload.numel(), checksum=checksum(payload))
         with self.sending:

@@ -117,7 +117,8 @@ class Peer(Driver):
     def _enter(self) -> None:
         address = self.place.servers[0]
         link = self.link = dial(address, self.place.token, "the coordinator", self.place.timeout)
-        listener = self.listener = listen(link.sock.getsockname()[0])
+        self.host = link.sock.getsockname()[0]  # where others can reach this one, as the coordinator can
+        listener = self.listener = listen(self.host)
         with self.monitor:
             self.lost = ""
             self.over = threading.Event()  # whether this life is
@@ -497,14 +498,13 @@ class Peer(Driver):
 
         if self.group[0] != name:
             self.group = "", None
-            host = self.link.sock.getsockname()[0]
             rank = ranks.index(self.head.worker)
             group = Group(
                 lambda entry: self._call_out(name, entry),
                 lambda: self._called(name, ranks),
                 rank,
                 len(ranks),
-                host,
+                self.host,
                 self.timeout,
             )
             self.group = name, group
