@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import os
 import signal
 import subprocess
@@ -11,15 +12,19 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import offbeat as ob
+from offbeat.experiment import rerun
 from offbeat.names import read
+from offbeat.runtime import snapshot
 from offbeat.runtime.host import Terms
 from offbeat.runtime.place import Place
 from offbeat.runtime.server import RunServer
@@ -233,6 +238,72 @@ class Processes:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 until(lambda pid=pid: not alive(pid), f"the end of process {pid}", 10)
+
+
+def load(folder: Path) -> Tensor:
+    """The model that a run has left, as one vector."""
+    return torch.cat([t.reshape(-1) for t in torch.load(folder / "model.pt", weights_only=True).values()])
+
+
+class Run:
+    """`offbeat launch` of a small problem, whose trace can be watched while it grows."""
+
+    def __init__(self, processes: Processes, *words: str, gradients: int, workers: int, seconds: float) -> None:
+        self.processes, self.folder, self.workers = processes, processes.folder / "run", workers
+        argv = ["--task", "quadratic", "--gradients", str(gradients), "--workers", str(workers), "--out", "run"]
+        self.argv = ["launch", *argv, "--speed", f"Fixed({seconds})", "--evaluations", "1", *words]
+        self.process = processes.offbeat(*self.argv)
+
+    def resume(self) -> None:
+        """The same again, going on where it was."""
+        self.process = self.processes.offbeat(*self.argv, "--resume")
+
+    def lines(self) -> list[dict[str, object]]:
+        """What the trace has so far, but for its header."""
+        path = self.folder / "trace.jsonl"
+        lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def counts(self) -> Counter[int]:
+        """Gradients of each worker so far."""
+        return Counter(line["worker"] for line in self.lines() if "step" in line)  # type: ignore[misc]
+
+    def reaches(self, gradients: int) -> None:
+        """All workers are at it, and so many gradients are done."""
+
+        def there() -> bool:
+            assert self.process.poll() is None, self.said()
+            counts = self.counts()
+            return len(counts) == self.workers and counts.total() >= gradients
+
+        until(there, f"{gradients} gradients")
+
+    def snapshots(self) -> int:
+        """How many have been written."""
+        return max((int(path.stem) for path in snapshot.found(self.folder / "snapshots")), default=0)
+
+    def pid(self, what: str, worker: str | None = None) -> int:
+        """The process that is ``what``, once it is there."""
+        found: list[int] = until(lambda: self.processes.living(what, worker), f"{what} {worker or ''}")
+        return found[0]
+
+    def said(self) -> str:
+        logs = "".join(f"\n{file.name}:\n{file.read_text()}" for file in sorted(self.folder.glob("logs/*")))
+        return self.processes.said(self.process) + logs
+
+    def log(self, name: str) -> str:
+        return (self.folder / "logs" / f"{name}.log").read_text()
+
+    def ends(self, status: int = 0, replays: bool = True) -> ob.Trace:
+        """It ends with this status, and leaves no process; its trace, which replays to the model that it has left."""
+        assert self.processes.ends(self.process) == status, self.said()
+        assert not self.processes.living("server")
+        assert not self.processes.living("worker")
+        trace = ob.Trace.read(self.folder / "trace.jsonl")
+        if replays:
+            torch.testing.assert_close(rerun(trace).x, load(self.folder), rtol=1e-9, atol=0)
+        assert "Traceback" not in self.said()
+        return trace
 
 
 def alive(pid: int) -> bool:

@@ -13,79 +13,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import same
-from crew import TOKEN, Processes, alive, descendants, until
-from torch import Tensor
+from crew import TOKEN, Processes, Run, alive, descendants, load, until
 
 import offbeat as ob
 from offbeat.experiment import rerun
 from offbeat.runtime import snapshot
-
-
-def load(folder: Path) -> Tensor:
-    """The model that a run has left, as one vector."""
-    return torch.cat([t.reshape(-1) for t in torch.load(folder / "model.pt", weights_only=True).values()])
-
-
-class Run:
-    """`offbeat launch` of a small problem, whose trace can be watched while it grows."""
-
-    def __init__(self, processes: Processes, *words: str, gradients: int, workers: int, seconds: float) -> None:
-        self.processes, self.folder, self.workers = processes, processes.folder / "run", workers
-        argv = ["--task", "quadratic", "--gradients", str(gradients), "--workers", str(workers), "--out", "run"]
-        self.argv = ["launch", *argv, "--speed", f"Fixed({seconds})", "--evaluations", "1", *words]
-        self.process = processes.offbeat(*self.argv)
-
-    def resume(self) -> None:
-        """The same again, going on where it was."""
-        self.process = self.processes.offbeat(*self.argv, "--resume")
-
-    def lines(self) -> list[dict[str, object]]:
-        """What the trace has so far, but for its header."""
-        path = self.folder / "trace.jsonl"
-        lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def counts(self) -> Counter[int]:
-        """Gradients of each worker so far."""
-        return Counter(line["worker"] for line in self.lines() if "step" in line)  # type: ignore[misc]
-
-    def reaches(self, gradients: int) -> None:
-        """All workers are at it, and so many gradients are done."""
-
-        def there() -> bool:
-            assert self.process.poll() is None, self.said()
-            counts = self.counts()
-            return len(counts) == self.workers and counts.total() >= gradients
-
-        until(there, f"{gradients} gradients")
-
-    def snapshots(self) -> int:
-        """How many have been written."""
-        return max((int(path.stem) for path in snapshot.found(self.folder / "snapshots")), default=0)
-
-    def pid(self, what: str, worker: str | None = None) -> int:
-        """The process that is ``what``, once it is there."""
-        found: list[int] = until(lambda: self.processes.living(what, worker), f"{what} {worker or ''}")
-        return found[0]
-
-    def said(self) -> str:
-        logs = "".join(f"\n{file.name}:\n{file.read_text()}" for file in sorted(self.folder.glob("logs/*")))
-        return self.processes.said(self.process) + logs
-
-    def log(self, name: str) -> str:
-        return (self.folder / "logs" / f"{name}.log").read_text()
-
-    def ends(self, status: int = 0) -> ob.Trace:
-        """It ends with this status, and leaves no process; its trace, which replays to the model that it has left."""
-        assert self.processes.ends(self.process) == status, self.said()
-        assert not self.processes.living("server")
-        assert not self.processes.living("worker")
-        trace = ob.Trace.read(self.folder / "trace.jsonl")
-        assert same(rerun(trace).x, load(self.folder))
-        assert "Traceback" not in self.said()
-        return trace
 
 
 def test_workers_killed_twenty_times_at_random_moments(processes: Processes) -> None:

@@ -854,11 +854,9 @@ def test_a_worker_of_another_run_is_refused(serve: Serve) -> None:
 
 
 def test_a_run_needs_a_method(serve: Serve) -> None:
-    """The first worker may name it, and must where nobody else does; what it names must have a server."""
+    """The first worker may name it, and must where nobody else does."""
     run = serve(terms(None, None, workers=1))
     assert "give --method, or one to Replica" in told(lambda: hire(run.place(), PROBLEM))
-    text = told(lambda: Worker(remote(run.place(), PROBLEM, "DPSGD()"), print))
-    assert "DPSGD() has no server: take a server method such as DanaZero()" in text
     assert "Dana" in told(lambda: Worker(remote(run.place(), PROBLEM, "DanaZeor()"), print))
     replica = ob.Replica(net(), SGD, place=run.place())  # whoever was refused has left nothing
     assert run.server.method == SGD
@@ -877,10 +875,8 @@ def test_a_first_model_that_is_not_finite_is_refused(serve: Serve) -> None:
     assert run.server.refused == 1
 
 
-def test_a_gossip_method_is_refused() -> None:
-    text = told(lambda: ob.Replica(net(), ob.methods.DPSGD()), TypeError)
-    assert text.startswith("method = DPSGD(")
-    assert "take a server method such as DanaZero(lr=0.05)" in text
+def test_what_is_no_method_is_refused() -> None:
+    assert told(lambda: ob.Replica(net(), ob.SGD(0.1)), TypeError).startswith("method = SGD(lr=0.1")  # type: ignore[arg-type]
 
 
 def test_a_method_is_named_in_one_place() -> None:

@@ -162,12 +162,12 @@ class Simulate(Command):
 
     @classmethod
     def defaults(cls, argv: Sequence[str]) -> Self:
-        method, task = find(_said(argv, "--method", cls.method)), _task(_said(argv, "--task", cls.task))
-        return cls(settings=method(), cluster=_preset(argv) or Cluster(), data=task())
+        method, task = _method(_said(argv, "--method", cls.method)), _task(_said(argv, "--task", cls.task))
+        return cls(settings=method, cluster=_preset(argv) or Cluster(), data=task())
 
     def run(self, argv: Sequence[str]) -> int:
         workers = self.cluster.workers
-        name = find(self.method).name
+        name = type(self.settings).name
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # as in a cell of a comparison; small nets gain nothing from more
         with _told():
@@ -264,7 +264,7 @@ class Launch(Command):
     method: Annotated[
         str | None, arg(metavar="NAME", help_behavior_hint="(default: what the script says; dana-zero)")
     ] = None
-    """The method; server methods run on processes."""
+    """The method: a name, or a value such as "SlowMo(SGP(), period=8)"."""
     task: TaskName = "digits"
     workers: int = 2
     """Worker processes, at least 1."""
@@ -313,8 +313,8 @@ class Launch(Command):
 
     @classmethod
     def defaults(cls, argv: Sequence[str]) -> Self:
-        method, task = _said(argv, "--method", "dana-zero"), _task(_said(argv, "--task", cls.task))
-        return cls(settings=find(method)(), data=task())
+        method, task = _method(_said(argv, "--method", "dana-zero")), _task(_said(argv, "--task", cls.task))
+        return cls(settings=method, data=task())
 
     def run(self, argv: Sequence[str]) -> int:
         from .runtime.launch import Launch as Processes
@@ -754,7 +754,7 @@ def _log(text: str) -> None:
 
 def _method(text: str) -> Method:
     """A method by name, by name with settings, or as a value."""
-    value = read(text) if text[:1].isupper() else entry(text)
+    value = read(text) if text[:1].isupper() and "(" in text else entry(text)
     if not isinstance(value, Method):
         raise ValueError(f"{text} is no method: offbeat methods lists them")
     return value
