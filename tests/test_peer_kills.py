@@ -18,7 +18,9 @@ KINDS = {
     "pairs": ob.methods.ADPSGD(ob.SGD(0.2)),
     "an average of each gradient": ob.methods.AllReduce(ob.SGD(0.2)),
     "averages": ob.methods.LocalSGD(ob.Local(ob.SGD(0.2)), period=4),
-    "averages of groups": ob.methods.HierarchicalSGD(ob.methods.GroupSGD(ob.Local(ob.SGD(0.2)), size=2, period=2), period=2),
+    "averages of groups": ob.methods.HierarchicalSGD(
+        ob.methods.GroupSGD(ob.Local(ob.SGD(0.2)), size=2, period=2), period=2
+    ),
     "gossip and averages": ob.methods.SlowMo(ob.methods.SGP(ob.SGD(0.2)), period=4, beta=0.5),
 }
 """A method of each kind that has no server."""

@@ -47,7 +47,7 @@ class Group:
     ) -> None:
         options = c10d.ProcessGroupGloo._Options()
         options._devices = [_device(host)]
-        options._timeout = timedelta(seconds=timeout)
+        options._timeout = timedelta(seconds=min(timeout, 5.0) / 5)  # gloo tries five times to connect
         options._threads = 1
         self._book = _Book(tell, hear)  # the group would miss it
         try:
@@ -56,6 +56,8 @@ class Group:
             raise
         except RuntimeError as error:
             raise self._book.lost or LinkLost(f"no process group of {size} ({_first(error)})") from None
+        self._timeout = timedelta(seconds=timeout)
+        self._group._set_default_timeout(self._timeout)
 
     def send(self, data: Tensor, to: int) -> None:
         """Bring ``data`` to member ``to``, which receives it. Raises `LinkLost`, as all that follow."""
@@ -71,7 +73,7 @@ class Group:
 
     def _done(self, start: Callable[[], Any]) -> None:
         try:
-            start().wait()
+            start().wait(self._timeout)
         except RuntimeError as error:
             raise LinkLost(_first(error)) from None
 
