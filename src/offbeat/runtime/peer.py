@@ -672,7 +672,7 @@ class Peer(Driver):
             thread.join(max(0.0, end - time.monotonic()))
 
     def _last(self, done: bool) -> dict[str, Any]:
-        used, self._used = 0 if self.team.rank else self._used, 0
+        used, self._used = self._used if done and not self.team.rank else 0, 0
         return {"done": done, "used": used, "deeds": self._told()}
 
     def _show(self) -> None:
