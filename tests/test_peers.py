@@ -388,6 +388,17 @@ def test_an_average_that_a_death_breaks_is_taken_again_without_the_dead() -> Non
     assert not room.averages
 
 
+def test_who_has_asked_for_an_average_died_and_come_back_has_not_asked() -> None:
+    """Groups go at their own pace, so one may be back before all others of its group have asked."""
+    room = Room(ob.methods.GroupSGD(period=1, size=2))
+    room.found(seats(0, 1, 2, 3))
+    assert room.reduce(2, (2, 3), 1).ranks == ()
+    room.leave(2)
+    room.enter(seats(2)[0])
+    assert [seat.worker for seat in room.begin(0, 1)] == [2]
+    assert room.reduce(3, (2, 3), 1).ranks == (3,)
+
+
 def test_nobody_waits_for_the_dead_to_average() -> None:
     room = Room(ob.methods.AllReduce())
     room.found(seats(0, 1))

@@ -8,6 +8,7 @@ coordinator says that the receiver is dead: then it comes back. So nothing is lo
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import socket
 import threading
@@ -170,8 +171,8 @@ class Peer(Driver):
             self.replies: deque[Any] = deque()
             self.views: dict[int, tuple[int, ...]] = {}
             self.group: tuple[str, Group | None] = ("", None)
-            self.newcomers: list[int] = []
-            self.closing = False
+            self.newcomers: list[tuple[int, int]] = []  # who begins with this one's state: the worker, and its life
+            self.born = self.closing = False
         self.since = 0  # gradients since the coordinator was last asked to go on
         self.last_view: tuple[int, ...] = ()
         head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
@@ -214,6 +215,8 @@ class Peer(Driver):
             self._keep(step)
             self.loop: Loop = loop(self.method, self.node)
             request = next(self.loop)
+            self.born = True
+            self.changed.notify_all()
         self.tickets.clear()
         self.fresh, self._used = [], 0
         self.terms = Terms(self.head.worker, self.method, self.seed, self.workers, step, None, [])
@@ -280,7 +283,7 @@ class Peer(Driver):
             self.alive = {about["worker"]: about for about in news["alive"] if about["worker"] != self.worker}
         if "donor" in news:
             self.donor = tuple(news["donor"])
-        self.newcomers += news.get("welcome", ())
+        self.newcomers += [(worker, life) for worker, life in news.get("welcome", ())]
         if self.state is None and self.donor is not None:
             about = self.alive.get(self.donor[0], {})
             if (about.get("life"), about.get("place")) != (self.donor[1], "in"):
@@ -310,62 +313,104 @@ class Peer(Driver):
                 link = links.enter_context(contextlib.closing(accept(sock, self.place.token, "a peer", self.timeout)))
                 hello = link.recv({Kind.HELLO: 0}, "its hello")
                 link.name = f"worker {hello.header.worker}"
+                other = hello.note.get("machine") if isinstance(hello.note, dict) else None
                 sizes = max(self.answer.bytes, 8), max(self.message.bytes, self.form.bytes, 8)
-                better, way = offered(link, hello.note["machine"], self.transport, sizes)
+                better, way = offered(link, other, self.transport, sizes)
                 links.callback(better.close)
                 with self.monitor:
                     self.incoming.add(better)
                     links.callback(self.incoming.discard, better)
                 link.send(self.head._replace(kind=Kind.WELCOME), None, way)
                 better.meet()
-                due = {Kind.SEND: self.message.bytes, Kind.ASK: self.message.bytes, Kind.STATE: self.form.bytes}
-                due[Kind.HEIR] = self.form.bytes
+                due = self._due()
                 while True:
-                    self._take(better, better.recv(due, "its next message", patient=True), life)
+                    frame = better.recv(due, "its next message", patient=True)
+                    if frame.header[2:4] != hello.header[2:4]:
+                        raise Corrupt(
+                            f"life {frame.header.incarnation} of worker {frame.header.worker} speaks on the link of life "
+                            f"{hello.header.incarnation} of worker {hello.header.worker}: refused"
+                        )
+                    self._take(better, frame, life)
             except LinkLost:
                 pass  # whoever it was comes again, or is dead, which the coordinator says
-            except (Corrupt, PermissionError, ValueError, KeyError, TypeError) as error:
+            except (Corrupt, PermissionError, ValueError) as error:
                 self.say(f"refused: {error}")
+
+    def _due(self) -> dict[Kind, int]:
+        """What peers may send, and how many bytes each has."""
+        due = {Kind.STATE: self.form.bytes}
+        if isinstance(self.method, GossipMethod):
+            due[Kind.HEIR] = self.form.bytes
+        if isinstance(self.method, PairGossipMethod):
+            due[Kind.ASK] = self.message.bytes
+        elif leaves(self.message.like):
+            due[Kind.SEND] = self.message.bytes
+        return due
 
     def _take(self, link: Link, frame: Frame, life: int) -> None:
         """One message of a peer: once, however often it is sent."""
         header = frame.header
         key = header.worker, header.incarnation
         which = (*key, header.version)
+        form = self.form if header.kind in (Kind.STATE, Kind.HEIR) else self.message
+        message, round = form.unpack(frame.payload), self._round(link, frame)
+        if not finite(message):
+            raise Corrupt(f"{link.name} sent numbers that are not finite, in step {header.step}")
         answer: Message | None = None
         with self.changed:
-            if header.kind == Kind.STATE:  # which may come before the news that it will
-                end = time.monotonic() + self.timeout
-                while life == self.incarnation and self.state is None and self.donor is None and time.monotonic() < end:
-                    self.changed.wait(0.2)
-            if life != self.incarnation or self.closing:
+            end = time.monotonic() + self.timeout
+            while life == self.incarnation and not self._ready(header) and time.monotonic() < end:
+                self.changed.wait(0.2)
+            if life != self.incarnation or (self.closing and header.kind != Kind.HEIR):
                 raise LinkLost("this life is over")
+            if not self._ready(header) or self.alive[header.worker]["life"] != header.incarnation:
+                raise LinkLost(f"life {header.incarnation} of {link.name} is over, or not known")
             number, before = self.taken.get(key, (0, None))
             if header.version <= number:
                 answer = before
             elif header.kind == Kind.STATE:
                 if key != self.donor or self.state is not None:
                     raise LinkLost("a state that nobody waits for")
-                self.state = self.form.unpack(frame.payload), header.step
+                self.state = message, header.step
                 self.deeds.append(["born", which])
             elif header.kind == Kind.HEIR:
+                if self.closing:  # what this one has is on its way to somebody else
+                    link.send(self.head._replace(kind=Kind.REFUSED))
+                    return
                 assert isinstance(self.method, GossipMethod)
-                self.node.state = self.method.inherit(self.node.state, self.form.unpack(frame.payload))
+                self.node.state = self.method.inherit(self.node.state, message)
                 self.deeds.append(["heir", which])
             elif header.kind == Kind.SEND:
-                round = None if frame.note is None else frame.note["round"]
-                self.inbox.append(Entry(which, round, self.message.unpack(frame.payload)))
+                self.inbox.append(Entry(which, round, message))
             else:
                 assert isinstance(self.method, PairGossipMethod)
-                self.node.state, answer = self.method.meet(self.node.state, self.message.unpack(frame.payload))
+                self.node.state, answer = self.method.meet(self.node.state, message)
                 self.deeds.append(["met", which])
             self.taken[key] = max(number, header.version), answer
             self.changed.notify_all()
-        if header.kind == Kind.ASK:
-            assert answer is not None
-            link.send(self.head._replace(kind=Kind.REPLY), self.answer.pack(answer))
-        else:
+        if header.kind != Kind.ASK:
             link.send(self.head._replace(kind=Kind.ANSWER))
+        elif answer is None:
+            raise Corrupt(f"{link.name} asks under the number {header.version}, which another message had")
+        else:
+            link.send(self.head._replace(kind=Kind.REPLY), self.answer.pack(answer))
+
+    def _round(self, link: Link, frame: Frame) -> int | None:
+        """The round that a message is of, where the method goes in rounds."""
+        if frame.header.kind != Kind.SEND or not self.rounds:
+            return None
+        round = frame.note.get("round") if isinstance(frame.note, dict) else None
+        if type(round) is not int or round < 0:
+            raise Corrupt(f"{link.name} sent a message of round {str(round)[:100]}: rounds are whole numbers from 0 on")
+        return round
+
+    def _ready(self, header: Header) -> bool:
+        """Whether the news that a message may have overtaken is there: of its sender, and of this one's own beginning."""
+        if self.alive.get(header.worker, {}).get("life", -1) < header.incarnation:
+            return False
+        if header.kind == Kind.STATE:
+            return self.state is not None or self.donor is not None
+        return self.born or header.kind == Kind.SEND
 
     # asking
 
@@ -440,21 +485,28 @@ class Peer(Driver):
         note = self._call(Kind.BEGIN, note, "the coordinator's word to go on")
         self.fresh += note["tickets"]
         with self.monitor:
-            newcomers, self.newcomers = self.newcomers + note["welcome"], []
-        for newcomer in newcomers:
+            newcomers, self.newcomers = [*self.newcomers, *note["welcome"]], []
+        for worker, life in newcomers:
             with self.monitor:
+                if self.alive.get(worker, {}).get("life") != life:
+                    continue  # it has gone, and nothing of this one's goes with it
                 self.node.state, state = self.method.welcome(self.node.state)
                 self._did("welcomed", self.numbers + 1)
-            self._exchange(Kind.STATE, newcomer, state, None, self.form)
+            self._exchange(Kind.STATE, worker, state, None, self.form, life)
         if note["show"]:
             self._show()
 
-    def _exchange(self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None) -> Frame | None:
-        """Bring ``msg`` to a peer; its acknowledgement or answer, None where it is dead."""
+    def _exchange(
+        self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None, life: int | None = None
+    ) -> Frame | None:
+        """Bring ``msg`` to a peer in its present ``life``; its acknowledgement or answer, None where that is over."""
         if not finite(msg):
             self._diverged(f"what it would send to worker {to} is not finite")
         self.numbers += 1
-        step, life = self.node.step, None
+        step, late = self.node.step, time.monotonic() + self.timeout
+        due = {Kind.REPLY: self.answer.bytes} if kind == Kind.ASK else {Kind.ANSWER: 0}
+        if kind == Kind.HEIR:
+            due[Kind.REFUSED] = 0
         while True:
             with self.monitor:
                 about = self.alive.get(to)
@@ -468,9 +520,11 @@ class Peer(Driver):
                 link = self._dial(to, about)
                 head = self.head._replace(kind=kind, version=self.numbers, step=step)
                 link.send(head, (form or self.message).pack(msg), note)
-                due = {Kind.REPLY: self.answer.bytes} if kind == Kind.ASK else {Kind.ANSWER: 0}
                 return link.recv(due, f"worker {to}'s answer")
-            except (LinkLost, Corrupt):
+            except (LinkLost, Corrupt, PermissionError) as error:  # who is gone may have left its port to a stranger
+                if time.monotonic() > late:
+                    late = math.inf
+                    self.say(f"{error}; tried again for as long as the coordinator says that worker {to} is there")
                 self._drop(to)
                 with self.changed:
                     self.changed.wait(0.05)
@@ -483,7 +537,10 @@ class Peer(Driver):
         link: Link = dial(about["address"], self.place.token, f"worker {to}", self.timeout)
         try:
             link.send(self.head._replace(kind=Kind.HELLO), None, {"machine": machine()})
-            link = taken(link, link.recv({Kind.WELCOME: 0}, "its welcome").note)
+            welcome = link.recv({Kind.WELCOME: 0}, "its welcome")
+            if welcome.header[2:4] != (to, about["life"]):
+                raise LinkLost(f"somebody else answers at {about['address']}, where worker {to} was")
+            link = taken(link, welcome.note)
         except BaseException:
             link.close()
             raise
@@ -580,7 +637,10 @@ class Peer(Driver):
                 for note in self.meets:
                     if note["group"] == name:
                         self.meets.remove(note)
-                        return str(note["key"]), bytes.fromhex(note["value"])
+                        try:
+                            return str(note["key"]), bytes.fromhex(note["value"])
+                        except (KeyError, TypeError, ValueError):
+                            raise Corrupt(f"one of workers {ranks} does not say where it listens") from None
                 gone = [r for r in ranks if r != self.head.worker and self.alive.get(r, {}).get("place") != "in"]
                 if gone:
                     raise LinkLost(f"worker {gone[0]} is gone")
@@ -658,10 +718,8 @@ class Peer(Driver):
                     for entry in self.inbox:
                         give_back(self.node, entry.message)
                     self._did("left", [entry.which for entry in self.inbox], self.numbers + 1)
-            heir = min((name for name, about in self.alive.items() if about["place"] == "in"), default=None)
-            hands_over = isinstance(self.method, GossipMethod) and type(self.method).inherit is not GossipMethod.inherit
-            if not done and heir is not None and hands_over:
-                self._exchange(Kind.HEIR, heir, self.node.state, None, self.form)
+            if not done:
+                self._bequeath()
             self._show()
             self.link.send(self.head._replace(kind=Kind.LEAVE), None, self._last(done))
         except LinkLost as lost:
@@ -670,6 +728,18 @@ class Peer(Driver):
         end = time.monotonic() + 5.0
         for thread in self.threads:  # one that is inside of torch while Python ends would abort the process
             thread.join(max(0.0, end - time.monotonic()))
+
+    def _bequeath(self) -> None:
+        """Hand over what others need, to the first of them who does not leave as well."""
+        if not isinstance(self.method, GossipMethod) or type(self.method).inherit is GossipMethod.inherit:
+            return
+        asked, number = set[int](), self.numbers
+        while heirs := {name for name, about in self.alive.items() if about["place"] == "in"} - asked:
+            self.numbers = number  # whoever takes it
+            frame = self._exchange(Kind.HEIR, min(heirs), self.node.state, None, self.form)
+            if frame is not None and frame.header.kind == Kind.ANSWER:
+                return
+            asked.add(min(heirs))
 
     def _last(self, done: bool) -> dict[str, Any]:
         used, self._used = self._used if done and not self.team.rank else 0, 0

@@ -106,6 +106,7 @@ class Room:
         self.seats.pop(worker, None)
         for average in list(self.averages.values()):
             average.missing.discard(worker)
+            average.asked.discard(worker)  # should it come back before the others ask, it has not asked
             if worker in average.ranks and worker not in average.votes:
                 average.votes[worker] = False
             self._settle(average)
