@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
@@ -71,6 +72,11 @@ class Replica:
 
         if method is not None and not isinstance(method, Method):
             raise TypeError(f"method = {method!r}: give a method such as DanaZero(lr=0.05)")
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError(
+                "model is a DistributedDataParallel, whose workers wait for each other at every gradient: "
+                "give and train the module inside of it"
+            )
         place = place or Place.read()
         if place.method and method is not None and repr(read(place.method)) != repr(method):
             raise ValueError(
