@@ -193,9 +193,7 @@ def test_accelerate_under_torchrun(start: Start, tmp_path: Path) -> None:
 def test_a_module_that_keeps_workers_in_lockstep_is_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(
-            ValueError, match=r"model is a DistributedDataParallel, .* give and train the module inside"
-        ):
+        with pytest.raises(ValueError, match="if each is to be one, give and train the module inside"):
             ob.Replica(DistributedDataParallel(nn.Linear(2, 2)), ob.methods.SGP())
     finally:
         dist.destroy_process_group()

@@ -282,6 +282,8 @@ class Launch(Command):
     """How payloads travel; auto is shared memory here."""
     shards: int = 1
     """Server processes, each with a part of the model, at least 1."""
+    ranks: int = 1
+    """Processes that together are one worker of a script, started by torchrun, at least 1: see Replica's group."""
     restarts: int = 10
     """How often a process that dies is started again, at least 0."""
     timeout: float = 30.0
@@ -297,9 +299,10 @@ class Launch(Command):
     script: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
-        for name in ("workers", "shards", "evaluations"):
+        for name in ("workers", "shards", "ranks", "evaluations"):
             require_count(self, name)
         require_count(self, "restarts", least=0)
+        require(self, "shards", 1 in (self.shards, self.ranks), "is that of --ranks, where there are several")
         if self.gradients is not None:
             require_count(self, "gradients")
         require(self, "warmup", 0 <= self.warmup <= 1, "must be in [0, 1]")
@@ -338,6 +341,7 @@ class Launch(Command):
                     raise ValueError(f"{self.script[0]}: there is no such file")
                 worker = [sys.executable, *self.script]
             else:
+                require(self, "ranks", self.ranks == 1, "only the workers of a script can have more than one")
                 task = replace(self.data, seed=self.seed)
                 task.x0()  # whatever is wrong with its data is said here
                 worker = [sys.executable, "-m", "offbeat", "worker", "--problem", repr(task)]
@@ -350,8 +354,9 @@ class Launch(Command):
                 [sys.executable, "-m", "offbeat", "server", "--status", *flags],
                 worker,
                 self.workers,
-                self.shards,
+                max(self.shards, self.ranks),
                 self.restarts,
+                self.ranks,
                 environment=said,
                 resume=self.resume,
                 say=lambda text: err.print(f"offbeat: {escape(text)}"),
@@ -362,11 +367,12 @@ class Launch(Command):
             except LaunchFailed as failed:
                 err.print(f"offbeat: {escape(str(failed))}\nlogs, trace and snapshots are in {escape(str(folder))}")
                 return FAILED
-        figures = _finished(folder, argv, gradients) if self.shards == 1 else {}
+        whole = self.shards == self.ranks == 1
+        figures = _finished(folder, argv, gradients) if whole else {}
         if figures:
             name = self.method or "launch"
             out.print(_table([name, f"workers: {self.workers}"], [[n, show(n, v)] for n, v in figures.items()]))
-        out.print(f"model: {folder / ('model.pt' if self.shards == 1 else 'shard-*/model.pt')}", soft_wrap=True)
+        out.print(f"model: {folder / ('model.pt' if whole else 'shard-*/model.pt')}", soft_wrap=True)
         return 0 if over else INTERRUPTED
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -106,6 +108,8 @@ class Launch:
     shards: int = 1
     restarts: int = 10
     """How often each dead process is started again."""
+    ranks: int = 1
+    """Processes that together are one worker, as torchrun starts them; each has a server of its own then."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables for workers, beside this process's own."""
     resume: bool = False
@@ -143,7 +147,7 @@ class Launch:
                 for i in range(self.workers):
                     env = {**environment, **place, "OFFBEAT_WORKER": str(i)}
                     log = logs / f"worker-{i}.log"
-                    self.crew.append(Supervised(f"worker {i}", self.worker, env, log, self.restarts))
+                    self.crew.append(Supervised(f"worker {i}", self._command(), env, log, self.restarts))
                 self._supervise()
         finally:
             for number, handler in handlers.items():
@@ -154,6 +158,15 @@ class Launch:
                 for one in group:
                     one.end()
         return not self.stopped
+
+    def _command(self) -> Sequence[str]:
+        """The command of a worker, or of torchrun for its ranks."""
+        if self.ranks == 1:
+            return self.worker
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            place = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+        python, *script = self.worker
+        return [python, "-m", "torch.distributed.run", "--nproc-per-node", str(self.ranks), *place, *script]
 
     def _await_servers(self) -> bool:
         """Wait until all servers have said where they are; False where a signal comes first."""
@@ -187,6 +200,7 @@ class Launch:
                     one.told = True
                     one.tell(signal.SIGTERM)
             if all(one.done for one in self.servers):
+                self._await_workers()
                 return
             if all(one.done for one in self.crew):
                 if self.stopped:
@@ -194,6 +208,15 @@ class Launch:
                 idle = idle or time.monotonic()
                 if time.monotonic() - idle > GRACE:
                     raise LaunchFailed("all workers have ended, and the run is not over: see the logs of the workers")
+            time.sleep(0.05)
+
+    def _await_workers(self) -> None:
+        """The run is over, and a script may have more to do: until it ends by itself, or a signal comes."""
+        said = time.monotonic() + GRACE
+        while not self.stopped and any(one.process is not None and one.process.poll() is None for one in self.crew):
+            if time.monotonic() > said:
+                said = math.inf
+                self.say("the run is over, and the scripts of workers still go on: waiting for them")
             time.sleep(0.05)
 
     def _listen(self, k: int, pipe: IO[bytes]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.descent import Rule, count
 from ..core.method import Method
-from ..tasks.flat import Flat
+from ..tasks.flat import Flat, Sharded, local
 
 
 class Borrowed(NamedTuple):
@@ -47,18 +47,18 @@ class UserRule(Rule):
             optimizer.state.clear()
             live["resets"] = int(state.resets)
         self._load(state.loaded)
-        flat.data.copy_(x)
-        flat.grad.copy_(g)
+        flat.write(x)
+        flat.put_gradient(g)
         rate = float(optimizer.param_groups[0]["lr"])
         if not live["skip"]:
             optimizer.step()
-        return state._replace(step=state.step + 1, rates=state.rates + rate, loaded=()), flat.data.clone()
+        return state._replace(step=state.step + 1, rates=state.rates + rate, loaded=()), flat.read()
 
     def buffers(self, state: Borrowed) -> tuple[Tensor, ...]:
         if state.loaded:
             return state.loaded
         parts = [self.optimizer.state[p] for p in self._parameters()] if self._names() else []
-        return tuple(torch.cat([part[name].reshape(-1) for part in parts]) for name in self._names())
+        return tuple(torch.cat([local(part[name]).reshape(-1) for part in parts]) for name in self._names())
 
     def with_buffers(self, state: Borrowed, buffers: tuple[Tensor, ...]) -> Borrowed:
         return state._replace(loaded=tuple(buffers))
@@ -75,8 +75,9 @@ class UserRule(Rule):
             return
         parameters = self._parameters()
         for whole, name in zip(buffers, self._names(), strict=True):
-            for p, part in zip(parameters, torch.split(whole, [p.numel() for p in parameters]), strict=True):
-                self.optimizer.state[p][name].copy_(part.view(p.shape))
+            sizes = [local(p).numel() for p in parameters]
+            for p, part in zip(parameters, torch.split(whole, sizes), strict=True):
+                local(self.optimizer.state[p][name]).copy_(part.view(local(p).shape))
 
     def _names(self) -> list[str]:
         """The entries of the optimizer's state that are shaped like the parameters."""
@@ -88,7 +89,7 @@ class UserRule(Rule):
         ]
 
 
-def lent(method: Method, optimizer: torch.optim.Optimizer, flat: Flat) -> tuple[Method, UserRule]:
+def lent(method: Method, optimizer: torch.optim.Optimizer, flat: Flat | Sharded) -> tuple[Method, UserRule]:
     """``method`` with ``optimizer`` in the place of its rule. Raises ``ValueError`` where it has none."""
     rule = UserRule(optimizer=optimizer, flat=flat)
     ours = set(flat.parameters)

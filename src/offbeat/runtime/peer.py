@@ -28,6 +28,7 @@ from ..trace import Trace
 from .link import Frame, Link, LinkLost, accept, dial, listen, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild
 from .place import Place
+from .team import Team
 from .way import offered, taken
 from .worker import Driver, Parse, Terms
 
@@ -73,10 +74,12 @@ class Peer(Driver):
         say: Callable[[str], None],
         lend: Callable[[Method], Method] = lambda method: method,
         stopped: Callable[[], bool] = lambda: False,
+        team: Team | None = None,
     ) -> None:
         """``lend`` puts this worker's own optimizer into the run's method."""
         super().__init__(say)
-        self.lend = lend
+        self.lend, self.team = lend, team or Team()
+        self.fresh: list[int] = []  # minibatches that the coordinator has given, and other ranks do not know of
         self.place, self.x0, self.hello, self.parse = place, x0, hello, parse
         self.worker, self.named = place.worker, place.worker is not None
         self.process = secrets.token_hex(8)
@@ -100,19 +103,39 @@ class Peer(Driver):
         pause = 0.05
         while True:
             try:
-                self._enter()
+                self._enter_together()
                 return
-            except (LinkLost, Corrupt) as lost:
+            except LinkLost as lost:
                 self._hang_up()
-                if self.stopped():
+                if self.team.any(self.stopped()):
                     raise LinkLost(f"{lost}; this worker is asked to stop, and dials no more") from None
-                if time.monotonic() + pause > end:
+                if self.team.any(time.monotonic() + pause > end):
                     raise LinkLost(f"{lost}; nobody came back within {self.place.patience:g} s") from None
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
             except BaseException:
                 self._hang_up()
                 raise
+
+    def _enter_together(self) -> None:
+        """One rank after the other, as the first coordinator says which worker this is; all begin in the same round."""
+        for rank in range(self.team.size):
+            with self.team.together():
+                if rank == self.team.rank:
+                    try:
+                        self._enter()
+                    except Corrupt as corrupt:
+                        raise LinkLost(str(corrupt)) from None
+            self.worker = self.team.first(self.worker)
+        step = self.node.step
+        if self.team.any(step != self.team.first(step)):
+            raise LinkLost("the ranks of this worker were given different rounds to begin in")
+        self._share()
+
+    def _share(self) -> None:
+        """All ranks get the minibatches that the first one was given."""
+        fresh, self.fresh = self.team.first(self.fresh), []
+        self.tickets.extend(fresh)
 
     def _enter(self) -> None:
         address = self.place.servers[0]
@@ -143,8 +166,14 @@ class Peer(Driver):
         self.last_view: tuple[int, ...] = ()
         head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
         host, port = listener.getsockname()[:2]
-        about = {"worker": self.worker, "named": self.named, "process": self.process, "peer": True}
+        about: dict[str, Any] = {
+            "worker": self.worker,
+            "named": self.named or self.team.rank > 0,
+            "process": self.process,
+            "peer": True,
+        }
         about |= {"parameters": self.x0.numel(), "address": f"{host}:{port}", "machine": machine()}
+        about["shard"] = (self.team.rank, self.team.size)
         link.send(head, None, self.hello | about)
         frame = link.recv({Kind.WELCOME: 0, Kind.REFUSED: 0}, "its welcome")
         if frame.header.kind == Kind.REFUSED:
@@ -171,7 +200,7 @@ class Peer(Driver):
             self.loop: Loop = loop(self.method, self.node)
             request = next(self.loop)
         self.tickets.clear()
-        self._used = 0
+        self.fresh, self._used = [], 0
         self.terms = Terms(self.worker, self.method, note["seed"], note["workers"], step, None, [])
         self.life += 1
         self._drive(request)
@@ -392,9 +421,9 @@ class Peer(Driver):
         """Everything is delivered: tell the coordinator, and welcome who begins here."""
         want = max(1, self.since) - len(self.tickets)
         self.since = 0
-        note = {"round": self.node.step, "want": max(0, want)}
+        note = {"round": self.node.step, "want": 0 if self.team.rank else max(0, want)}
         note = self._call(Kind.BEGIN, note, "the coordinator's word to go on")
-        self.tickets.extend(note["tickets"])
+        self.fresh += note["tickets"]
         with self.monitor:
             newcomers, self.newcomers = self.newcomers + note["welcome"], []
         for newcomer in newcomers:
@@ -473,6 +502,11 @@ class Peer(Driver):
 
     def _reduce(self, request: AllReduce) -> Message:
         """The mean over the members who live, by a process group among them; again without who dies meanwhile."""
+        with self.team.together():
+            part = self._mean(request._replace(msg=self.team.cut(request.msg)))
+        return self.team.join(part, self.x0.numel())
+
+    def _mean(self, request: AllReduce) -> Message:
         parts = leaves(request.msg)
         if not finite(request.msg):
             self._diverged("what it would average is not finite")
@@ -544,16 +578,19 @@ class Peer(Driver):
     def step(self, g: Tensor, loss: float) -> None:
         now = time.perf_counter()
         compute, used, self._used = now - self._since, self._used, 0
-        note = {"losses": [loss], "compute": [compute], "waited": self._waited, "used": used, "deeds": self._told()}
+        said = 0 if self.team.rank else used  # minibatches are the first rank's
+        note = {"losses": [loss], "compute": [compute], "waited": self._waited, "used": said, "deeds": self._told()}
         self.since += max(1, used)
         if not finite(g):
             self._diverged("its gradient is not finite")
         try:
-            self.link.send(self.head._replace(kind=Kind.STEP, step=self.node.step, gradients=1), None, note)
-            with self.monitor:
-                self._did("step", self.node.step)
-                request = self.loop.send(g)
-            self._drive(request)
+            with self.team.together():
+                self.link.send(self.head._replace(kind=Kind.STEP, step=self.node.step, gradients=1), None, note)
+                with self.monitor:
+                    self._did("step", self.node.step)
+                    request = self.loop.send(g)
+                self._drive(request)
+            self._share()
         except LinkLost as lost:
             self._mend(lost)
         self._since = time.perf_counter()
@@ -575,9 +612,11 @@ class Peer(Driver):
             return deeds
 
     def more(self) -> list[int]:
-        note = {"step": self.node.step, "want": 1, "more": True}
+        note = {"want": 1, "more": True}
         try:
-            return list(self._call(Kind.BEGIN, note, "minibatches")["tickets"])
+            with self.team.together():
+                tickets = self._call(Kind.BEGIN, note, "minibatches")["tickets"] if not self.team.rank else []
+            return list(self.team.first(tickets))
         except LinkLost as lost:
             self._mend(lost)
             return []  # those of the new life have come with it
@@ -618,7 +657,7 @@ class Peer(Driver):
             thread.join(max(0.0, end - time.monotonic()))
 
     def _last(self, done: bool) -> dict[str, Any]:
-        used, self._used = self._used, 0
+        used, self._used = 0 if self.team.rank else self._used, 0
         return {"done": done, "used": used, "deeds": self._told()}
 
     def _show(self) -> None:

@@ -35,11 +35,12 @@ class Place:
     """How many workers the run has that this one is to host, as rank 0 of a job; 0: somebody else hosts it."""
 
     @classmethod
-    def read(cls, environment: Mapping[str, str] = os.environ) -> Place:
+    def read(cls, environment: Mapping[str, str] = os.environ, launchers: bool = True) -> Place:
         """What ``OFFBEAT_SERVER``, ``OFFBEAT_TOKEN``, ``OFFBEAT_WORKER``, ``OFFBEAT_METHOD`` and ``OFFBEAT_PATIENCE`` say.
 
         Without a server: what torchrun says (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``), or SLURM
-        (``SLURM_PROCID``, ``SLURM_NTASKS``, ``SLURM_JOB_NODELIST``, ``SLURM_JOB_ID``); rank 0 hosts the run then.
+        (``SLURM_PROCID``, ``SLURM_NTASKS``, ``SLURM_JOB_NODELIST``, ``SLURM_JOB_ID``); rank 0 hosts the run then. Not so
+        without ``launchers``: what they say is of the ranks of one worker.
         """
 
         def number(name: str, kind: type[int] | type[float]) -> int | float | None:
@@ -57,7 +58,7 @@ class Place:
             environment.get("OFFBEAT_METHOD", ""),
             cls.patience if patience is None else patience,
         )
-        if place.servers:
+        if place.servers or not launchers:
             return place
         if "RANK" in environment and "MASTER_ADDR" in environment:
             rank, size = number("RANK", int), number("WORLD_SIZE", int)

@@ -9,22 +9,26 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from types import FrameType
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
+from ..core.gossip import GossipMethod
 from ..core.method import Method, ServerMethod
 from ..core.seeds import derive
-from ..tasks.flat import Flat
+from ..tasks.flat import Flat, flatten
 from .host import OtherKind
 from .optimizer import UserRule, lent
 from .peer import Peer, Solitary
 from .place import Place
+from .team import Team, Together
 from .worker import Alone, Driver, Parse, Remote, Worker
 
 T = TypeVar("T")
@@ -64,29 +68,36 @@ class Replica:
         method: Method | None = None,
         *,
         optimizer: Optimizer | None = None,
+        group: ProcessGroup | None = None,
         place: Place | None = None,
     ) -> None:
-        """``optimizer`` takes the local steps in the place of the method's rule; ``place`` is where the run is (None: what
-        the environment says)."""
+        """``optimizer`` takes the local steps in the place of the method's rule. ``group`` are the ranks that together are
+        this worker, with the model in `DistributedDataParallel` or after ``fully_shard``. ``place`` is where the run is
+        (None: what the environment says).
+        """
         from ..names import read  # which knows everybody, so not at import
 
         if method is not None and not isinstance(method, Method):
             raise TypeError(f"method = {method!r}: give a method such as DanaZero(lr=0.05)")
-        if isinstance(model, DistributedDataParallel):
+        if group is None and isinstance(model, DistributedDataParallel):
             raise ValueError(
-                "model is a DistributedDataParallel, whose workers wait for each other at every gradient: "
-                "give and train the module inside of it"
+                "the model is in DistributedDataParallel: name the process group of its ranks, as in group=dist.group.WORLD, "
+                "if they are to be one worker; if each is to be one, give and train the module inside"
             )
-        place = place or Place.read()
+        place = place or Place.read(launchers=group is None)
         if place.method and method is not None and repr(read(place.method)) != repr(method):
             raise ValueError(
                 f"the script says {method!r} and the launcher says {place.method}: name the method in one place"
             )
-        self.model, self.flat = model, Flat(model)
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.model, self.flat = model, flatten(model)
+        self.team = Team(group, isinstance(self.flat, Flat))
+        if group is None and not self.team.whole:
+            raise ValueError("the model is sharded: name the process group of its ranks, as in group=dist.group.WORLD")
         self._leaving = False
         layout = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
         method = method if method is not None or not place.method else read(place.method)
-        x0 = self.flat.data.clone()
+        x0 = self.flat.read()
         self.rule: UserRule | None = None
 
         def lend(method: Method) -> Method:
@@ -100,7 +111,9 @@ class Replica:
         if told:
             signal.signal(signal.SIGTERM, self._told)
         try:
-            self.worker = enter(place, x0, method, {"layout": layout}, read, _say, lambda: self._leaving, lend)
+            self.worker = enter(
+                place, x0, method, {"layout": layout}, read, _say, lambda: self._leaving, lend, self.team
+            )
         except BaseException:
             if told:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -129,7 +142,7 @@ class Replica:
         """
         if self._gone:
             raise RuntimeError("this replica has left its run: make a new one to go on")
-        g = self.flat.gather().clone()
+        g = self.flat.gradient()
         scale = getattr(self, "grad_scale", None)
         if skip := float(getattr(self, "found_inf", 0.0)) > 0:
             g.zero_()
@@ -139,14 +152,14 @@ class Replica:
             self.rule.live["skip"] = int(skip)
         self.worker.step(g, float("nan") if loss is None else float(torch.as_tensor(loss).detach()))
         self._take()
-        if self._leaving and self.worker.free:
+        if self.team.any(self._leaving) and self.worker.free:
             _say(f"worker {self.id} leaves, as SIGTERM asks")
             self.leave(done=False)
             raise SystemExit(0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, as an optimizer does; `step` has done so already."""
-        self.flat.grad.zero_()
+        self.flat.zero_grad()
 
     def shard(self, loader: Iterable[T]) -> Iterator[T]:
         """One pass over ``loader``'s data, shared with all workers: each minibatch goes to the one who is free.
@@ -154,7 +167,8 @@ class Replica:
         Of a `DataLoader` with a map-style data set, a pass is cut into the loader's own minibatches, in an order that
         follows from the run's seed. The server hands them out, so fast workers get more, those of a worker that died go
         to another, and a worker that was restarted goes on where the run is: passes that are over yield nothing. Other
-        iterables are dealt out by turns: worker i of n takes items i, i + n, ...
+        iterables are dealt out by turns: worker i of n takes items i, i + n, ... The ranks of a group share each minibatch:
+        rank r of G gets its examples r, r + G, ...
 
         After the pass the model holds the parameters that would be shipped now, to evaluate; the next pass puts this
         worker's own back.
@@ -168,10 +182,11 @@ class Replica:
             and not isinstance(loader.dataset, IterableDataset)
             and loader.batch_sampler is not None
         ):
-            deal = _Deal(loader, self.worker, number)
+            deal = _Deal(loader, self.worker, number, self.team)
             batches = _dealt(loader, deal)
         else:
-            n, i = self.worker.terms.workers, self.id % self.worker.terms.workers
+            n = self.worker.terms.workers * self.team.size
+            i = (self.id * self.team.size + self.team.rank) % n
             batches = (item for k, item in enumerate(loader) if k % n == i)
         for batch in batches:
             self._own()  # the link may have been mended while the minibatch was asked for
@@ -179,7 +194,7 @@ class Replica:
                 continue  # loaded ahead, and given to somebody else since
             self.worker.use()
             yield batch
-        self.flat.data.copy_(self.worker.master())
+        self.flat.write(self.worker.master())
         self._shown = True
 
     def leave(self, done: bool = True) -> None:
@@ -200,8 +215,8 @@ class Replica:
             self._take()
 
     def _take(self) -> None:
-        self.flat.data.copy_(self.worker.x)
-        self.flat.grad.zero_()
+        self.flat.write(self.worker.x)
+        self.flat.zero_grad()
         self._shown, self._life = False, self.worker.life
 
     def _told(self, number: int, frame: FrameType | None) -> None:
@@ -220,6 +235,7 @@ def enter(
     say: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
     lend: Callable[[Method], Method] = lambda method: method,
+    team: Team | None = None,
 ) -> Driver:
     """Join the run at ``place`` with a model at ``x0`` [d], or be one alone where there is none."""
     if not place.servers:
@@ -229,23 +245,43 @@ def enter(
             return Solitary(lend(method), x0, say)
         lend(method)
         return Worker(Alone(method, x0), say)
+    team = team or Team()
+    if team.size > 1:
+        if len(place.servers) != team.size:
+            raise ValueError(
+                f"a worker of {team.size} ranks, and {len(place.servers)} servers in OFFBEAT_SERVER: each rank needs one; "
+                f"start the script with offbeat launch --ranks {team.size}"
+            )
+        if method is None:
+            raise ValueError(
+                "method = None: a worker of several ranks must know it; give one, or --method to the launcher"
+            )
+        if team.whole and isinstance(method, GossipMethod):
+            raise ValueError(
+                f"{method!r}: gossip does not come to all ranks at once, so they cannot each have the whole model; shard it "
+                "with fully_shard, or take a method with a server or with averages"
+            )
+        place = replace(place, servers=(place.servers[team.rank],))
     place.host()
     hello = {**hello, "method": "" if method is None else repr(method)}
     if method is None or isinstance(method, ServerMethod):
         if method is not None:
             lend(method)  # which says why not
-        remote = Remote(place, x0, hello, parse)
+        shard = (team.rank, team.size) if team.size > 1 else None
+        remote = Remote(place, x0[team.part(len(x0))], hello, parse, shard)
         remote.stopped = stopped
+        if team.size > 1:
+            return Worker(Together(remote, team, len(x0)), say)
         with contextlib.suppress(OtherKind):  # it names a method whose workers are peers
             return Worker(remote, say)
-    return Peer(place, x0, hello, parse, say, lend, stopped)
+    return Peer(place, x0, hello, parse, say, lend, stopped, team)
 
 
 class _Deal(Sampler[list[int]]):
     """The minibatches of a pass that this worker draws, as indices of the data set."""
 
-    def __init__(self, loader: DataLoader[Any], worker: Driver, number: int) -> None:
-        self.loader, self.worker, self.number = loader, worker, number
+    def __init__(self, loader: DataLoader[Any], worker: Driver, number: int, team: Team) -> None:
+        self.loader, self.worker, self.number, self.team = loader, worker, number, team
         self.orders: dict[int, list[list[int]]] = {}
         self.lives: deque[int] = deque()  # of the worker, when it drew each minibatch that is still being loaded
 
@@ -253,7 +289,7 @@ class _Deal(Sampler[list[int]]):
         size = len(self.loader)
         while (ticket := self.worker.ticket(before=(self.number + 1) * size)) is not None:
             self.lives.append(self.worker.life)
-            yield self._order(ticket // size)[ticket % size]
+            yield self._order(ticket // size)[ticket % size][self.team.rank :: self.team.size]
 
     def _order(self, number: int) -> list[list[int]]:
         """All minibatches of pass ``number``, the same at all workers."""

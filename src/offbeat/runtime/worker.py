@@ -116,11 +116,14 @@ class _Shard:
 class Remote(Exchange):
     """The server over links: one for each of its shards. Dials until somebody answers, or patience ends."""
 
-    def __init__(self, place: Place, x0: Tensor, hello: dict[str, Any], parse: Parse) -> None:
+    def __init__(
+        self, place: Place, x0: Tensor, hello: dict[str, Any], parse: Parse, shard: tuple[int, int] | None = None
+    ) -> None:
+        """``shard`` is set where ``x0`` is itself one part of the model, of how many, for one server."""
         if x0.dtype not in DTYPES:
             raise ValueError(f"the model is of {x0.dtype}: a real run takes {', '.join(map(str, DTYPES))}")
         self.place, self.x0, self.hello, self.parse = place, x0, hello, parse
-        self.worker, self.named = place.worker, place.worker is not None
+        self.worker, self.named, self.shard = place.worker, place.worker is not None, shard
         self.process = secrets.token_hex(8)
         self.shards: list[_Shard] = []
         self.stopped: Callable[[], bool] = lambda: False  # whether to give up dialling
@@ -156,7 +159,7 @@ class Remote(Exchange):
         welcomes, replies, tickets, method = [], [], [], None
         for i, address in enumerate(self.place.servers):
             part = slice(edges[i], edges[i + 1])
-            note, shard = self._greet(address, part, (i, k))
+            note, shard = self._greet(address, part, self.shard or (i, k))
             self.shards.append(shard)
             method = self.parse(note["method"])
             if not isinstance(method, ServerMethod):

@@ -53,6 +53,27 @@ class Flat:
         """The parameters that are in it, in their order."""
         return [p for _, p, _, _ in self._parts]
 
+    def read(self) -> Tensor:
+        """The parameters, the caller's own. [d]"""
+        return self.data.clone()
+
+    def write(self, x: Tensor) -> None:
+        """Put ``x`` [d] into the module."""
+        self.data.copy_(x)
+
+    def gradient(self) -> Tensor:
+        """The gradients, the caller's own: call it after ``backward()``. [d]"""
+        return self.gather().clone()
+
+    def put_gradient(self, g: Tensor) -> None:
+        """Make ``g`` [d] the gradients of the parameters."""
+        self.gather()
+        self.grad.copy_(g)
+
+    def zero_grad(self) -> None:
+        """Make all gradients 0."""
+        self.grad.zero_()
+
     def gather(self) -> Tensor:
         """The vector ``grad`` once it holds every parameter's gradient: call it after ``backward()``.
 
@@ -79,6 +100,49 @@ class Flat:
         return self.grad
 
 
+class Sharded:
+    """A module whose parameters are `DTensor`s, such as ``fully_shard`` makes: this rank's shards as one vector.
+
+    They stay where the module has them, so reading and writing copies. Raises ``ValueError`` as `Flat` does.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        _check(module, named)
+        self.parameters = [p for _, p in named]
+        self._sizes = [local(p).numel() for p in self.parameters]
+
+    def read(self) -> Tensor:
+        return torch.cat([local(p).detach().reshape(-1) for p in self.parameters])
+
+    def write(self, x: Tensor) -> None:
+        for p, part in zip(self.parameters, torch.split(x, self._sizes), strict=True):
+            local(p).detach().copy_(part.view(local(p).shape))
+
+    def gradient(self) -> Tensor:
+        grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
+        return torch.cat([g.detach().reshape(-1) for g in grads])
+
+    def put_gradient(self, g: Tensor) -> None:
+        for p, part in zip(self.parameters, torch.split(g, self._sizes), strict=True):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            local(p.grad).copy_(part.view(local(p).shape))
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+
+def flatten(module: nn.Module) -> Flat | Sharded:
+    """The parameters of ``module`` as one vector, whichever way it holds them."""
+    return Sharded(module) if any(hasattr(p, "to_local") for p in module.parameters()) else Flat(module)
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of ``t`` that this process has."""
+    return t.to_local() if hasattr(t, "to_local") else t  # a DTensor, without importing what makes one
+
+
 def _check(module: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
     kind = type(module).__name__
     if not named:
@@ -96,7 +160,7 @@ def _check(module: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
         )
     seen: dict[int, str] = {}
     for name, p in named:
-        if p.numel() and (other := seen.setdefault(p.data_ptr(), name)) != name:
+        if local(p).numel() and (other := seen.setdefault(local(p).data_ptr(), name)) != name:
             raise ValueError(
                 f"{kind}.{name} and {kind}.{other} are two parameters in the same memory: "
                 "tie them by assigning one Parameter to both"
