@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from crew import until
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import offbeat as ob
+from offbeat.runtime.place import Hosted
 from offbeat.tasks.language import SHAKESPEARE
 
 ROOT = Path(__file__).parent.parent
@@ -197,3 +199,25 @@ def test_a_module_that_keeps_workers_in_lockstep_is_refused() -> None:
             ob.Replica(DistributedDataParallel(nn.Linear(2, 2)), ob.methods.SGP())
     finally:
         dist.destroy_process_group()
+
+
+HOST = """
+import json, pathlib, sys, time
+for k in range(600):
+    print(json.dumps({"workers": [1] if k < 40 else []}), flush=True)
+    if k == 40:
+        pathlib.Path(sys.argv[1]).touch()
+    time.sleep(0.1)
+"""
+
+
+def test_who_hosts_a_job_stays_while_others_train(tmp_path: Path) -> None:
+    """Though its own loop has ended long ago; where nobody comes back, it ends the run."""
+    alone = tmp_path / "alone"
+    process = subprocess.Popen([sys.executable, "-c", HOST, str(alone)], stdout=subprocess.PIPE)
+    hosted = Hosted(process, patience=2.0)
+    began = hosted.seen
+    until(lambda: hosted.seen > began, "its first word")
+    hosted.wait()
+    assert alone.exists()
+    assert process.wait(10) == -signal.SIGTERM

@@ -420,3 +420,77 @@ def test_newcomers_whom_nobody_is_left_to_welcome_begin_anew() -> None:
     assert set(room.seats) == {0}, "it counts once it has a state"
     assert [seat.worker for seat in room.leave(0)] == [1]
     assert not room.coming
+
+
+# ---------------------------------------------------------------- the user's own schedule
+
+
+PERIOD, BLOCKS, WORKERS = 3, 4, 2
+
+
+def slow_mo_by_hand(model: nn.Module, data: Tensor, gammas: Callable[[list[float]], float]) -> Tensor:
+    """Where workers end who all take the steps of `Paced`, and then SlowMo's: alpha = 0.8, beta = 0.5, buffers emptied."""
+    x = nn.utils.parameters_to_vector(model.parameters()).detach()
+    u = torch.zeros_like(x)
+    crew = [Paced(copy.deepcopy(model)) for _ in range(WORKERS)]
+    for block in range(BLOCKS):
+        steps = range(block * PERIOD, (block + 1) * PERIOD)
+        rates = [[one.step(data[i, k], one.optimizer.step) for k in steps] for i, one in enumerate(crew)]
+        assert rates[0] == rates[1]
+        gamma = gammas(rates[0])
+        ends = [nn.utils.parameters_to_vector(one.model.parameters()).detach() for one in crew]
+        u = 0.5 * u + (x - torch.stack(ends).mean(0)) / gamma
+        x = x - 0.8 * gamma * u
+        for one in crew:
+            nn.utils.vector_to_parameters(x.clone(), one.model.parameters())
+            one.optimizer.state.clear()
+    return x
+
+
+class Paced:
+    """A model with momentum, a rate that changes at each step, gradients of two minibatches, and clipping."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda k: min(k + 1, 5) / 5 / (1 + 0.1 * k))
+
+    def step(self, minibatches: Tensor, take: Callable[[], object]) -> float:
+        """One step, and its rate."""
+        for x in minibatches:
+            (self.model(x).square().mean() / len(minibatches)).backward()
+        assert nn.utils.clip_grad_norm_(self.model.parameters(), 0.05) > 0.05
+        rate = self.scheduler.get_last_lr()[0]
+        take()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return rate
+
+
+def test_slow_mo_takes_the_rates_of_the_users_scheduler(runs: Callable[..., Run]) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    data = 1 + torch.randn(WORKERS, PERIOD * BLOCKS, 2, 4, 5, dtype=torch.float64)  # two minibatches of 4 for each step
+    run = runs(ob.methods.SlowMo(alpha=0.8, beta=0.5, period=PERIOD), WORKERS, None)
+    ends: dict[int, Tensor] = {}
+
+    def live(worker: int, mine: nn.Module) -> None:
+        try:
+            one = Paced(mine)
+            place = replace(run.place, worker=worker)
+            replica = ob.Replica(mine, run.method, optimizer=one.optimizer, place=place)
+            for minibatches in data[worker]:
+                one.step(minibatches, replica.step)
+            ends[worker] = nn.utils.parameters_to_vector(mine.parameters()).detach().clone()
+            replica.leave()
+        except BaseException as error:
+            run.errors.append(error)
+
+    for i in range(WORKERS):
+        run.threads.append(threading.Thread(target=live, args=(i, copy.deepcopy(model)), daemon=True))
+        run.threads[-1].start()
+    run.end()
+    wanted = slow_mo_by_hand(model, data, lambda rates: sum(rates) / len(rates))
+    for i in range(WORKERS):
+        torch.testing.assert_close(ends[i], wanted, rtol=0, atol=1e-9)
+    assert (slow_mo_by_hand(model, data, lambda rates: rates[0]) - wanted).abs().max() > 1e-4, "or nothing is shown"
