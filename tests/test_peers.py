@@ -253,6 +253,8 @@ def test_an_optimizer_that_cannot_take_the_steps_is_refused() -> None:
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     with pytest.raises(ValueError, match=r"ASGD has no local rule .* leave the optimizer out"):
         ob.Replica(model, ob.methods.ASGD(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="BackupWorkers has no local rule"):
+        ob.Replica(model, ob.methods.BackupWorkers(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="the optimizer has 2 trainable parameters, of which 0 are the model's"):
         ob.Replica(model, ob.methods.LocalSGD(), optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
 
@@ -494,3 +496,28 @@ def test_slow_mo_takes_the_rates_of_the_users_scheduler(runs: Callable[..., Run]
     for i in range(WORKERS):
         torch.testing.assert_close(ends[i], wanted, rtol=0, atol=1e-9)
     assert (slow_mo_by_hand(model, data, lambda rates: rates[0]) - wanted).abs().max() > 1e-4, "or nothing is shown"
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "remote"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_users_optimizer_steps_between_visits_to_a_server(name: str, alone: bool, runs: Callable[..., Run]) -> None:
+    make, rule = OPTIMIZERS[name]
+    torch.manual_seed(0)
+    mine = nn.Linear(5, 3).double()
+    theirs = copy.deepcopy(mine)
+    method = ob.methods.AsyncLocalSGD(rule, period=3)
+    run = None if alone else runs(method, 1, None)
+    place = Place() if run is None else replace(run.place, worker=0)
+    optimizer = make(mine.parameters())
+    a = ob.Replica(mine, method, optimizer=optimizer, place=place)
+    b = ob.Replica(theirs, method, place=Place())
+    for _ in range(12):
+        x = torch.randn(8, 5).double()
+        for model, replica in ((mine, a), (theirs, b)):
+            model(x).square().mean().backward()
+            replica.step()
+    a.leave()
+    if run is not None:
+        run.end()
+    torch.testing.assert_close(mine.weight, theirs.weight, rtol=0, atol=1e-12)
+    assert optimizer.state, "it has taken the steps"

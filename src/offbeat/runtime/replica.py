@@ -243,8 +243,7 @@ def enter(
             raise ValueError("method = None: give one, or start the script with `offbeat launch --method NAME`")
         if not isinstance(method, ServerMethod):
             return Solitary(lend(method), x0, say)
-        lend(method)
-        return Worker(Alone(method, x0), say)
+        return Worker(Alone(method, x0), say, lend)
     team = team or Team()
     if team.size > 1:
         if len(place.servers) != team.size:
@@ -266,14 +265,14 @@ def enter(
     hello = {**hello, "method": "" if method is None else repr(method)}
     if method is None or isinstance(method, ServerMethod):
         if method is not None:
-            lend(method)  # which says why not
+            lend(method)  # which says why not, before anybody is dialled
         shard = (team.rank, team.size) if team.size > 1 else None
         remote = Remote(place, x0[team.part(len(x0))], hello, parse, shard)
         remote.stopped = stopped
         if team.size > 1:
-            return Worker(Together(remote, team, len(x0)), say)
+            return Worker(Together(remote, team, len(x0)), say, lend)
         with contextlib.suppress(OtherKind):  # it names a method whose workers are peers
-            return Worker(remote, say)
+            return Worker(remote, say, lend)
     return Peer(place, x0, hello, parse, say, lend, stopped, team)
 
 
