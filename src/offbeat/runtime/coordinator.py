@@ -35,6 +35,7 @@ class Attendance(Session):
     done: bool = False  # whether its loop has ended
     show: bool = False  # whether it is to show its model when it next goes on
     average: Average | None = None  # the one that it has asked for
+    round: int = 0  # with which it wants to begin
 
 
 class Coordinator(Host):
@@ -83,19 +84,26 @@ class Coordinator(Host):
             raise OtherKind(self.method)
         self.method.check(max(self.terms.workers, 1))
         seat = Seat(head.worker, head.incarnation, str(note.get("address")), str(note.get("machine")))
-        way = {"transport": self.terms.transport}
+        running = self.room is not None and bool(self.room.seats)
+        begin = self.room.open() if self.room is not None and running else self.step
+        way = {"transport": self.terms.transport, "round": begin, "running": running}
         return Attendance(head.worker, head.incarnation, note.get("process"), link, head, seat=seat), way
 
     def _join(self, session: Attendance, note: dict[str, Any]) -> None:
+        pass  # until it asks in
+
+    def _enter(self, session: Attendance) -> int:
+        """A peer is to take part, from some round on: which."""
         assert self.room is not None
         assert session.seat is not None
         if self.room.seats:
-            donor = self.room.enter(session.seat)
+            donor = self.room.enter(session.seat, session.round)
             if donor is not None:
                 self._bring([session.seat], donor)
-        else:
-            self.founders.append(session)
-            threading.Thread(target=self._found, args=(len(self.founders) == 1,), daemon=True).start()
+            return session.seat.since
+        self.founders.append(session)
+        threading.Thread(target=self._found, args=(len(self.founders) == 1,), daemon=True).start()
+        return session.round
 
     def _bring(self, newcomers: list[Seat], donor: Seat) -> None:
         """Tell newcomers who gives them a state, and that one, where it does not know yet."""
@@ -118,7 +126,7 @@ class Coordinator(Host):
             assert self.room is not None
             assert self.start is not None
             founders, self.founders = self.founders, []
-            start, step = self.x(), self.step
+            start, step = self.x(), max(self.step, *(session.round for session in founders))
             if isinstance(self.method, PeriodicMethod):
                 step = self.method.boundary(step)
             self.room.found([s.seat for s in founders if s.seat is not None], step)
@@ -146,7 +154,7 @@ class Coordinator(Host):
         if not self.room.seats and self.shown:
             self.start = self.x()
         for seat in lost:
-            self._join(self.sessions[seat.worker], {})
+            self._enter(self.sessions[seat.worker])
         if not self.room.seats and not self.founders:
             for other in self.sessions.values():
                 if other.done:
@@ -171,7 +179,7 @@ class Coordinator(Host):
             session.link.hang_up()  # whose thread sees it
 
     def _serve(self, session: Attendance) -> bool:
-        kinds = Kind.BEGIN, Kind.VIEW, Kind.REDUCE, Kind.VOTE, Kind.STEP, Kind.MEET, Kind.ORPHAN, Kind.LEAVE
+        kinds = Kind.BEGIN, Kind.VIEW, Kind.REDUCE, Kind.VOTE, Kind.STEP, Kind.MEET, Kind.ORPHAN, Kind.ENTER, Kind.LEAVE
         due = dict.fromkeys(kinds, 0)
         due[Kind.MODEL] = self._model.bytes
         while True:
@@ -221,9 +229,12 @@ class Coordinator(Host):
                         self._send(self.sessions[other], Kind.MEET, note)
             elif header.kind == Kind.ORPHAN:
                 self._without(session)
-                self._join(session, {})
+                self._enter(session)
                 self._news()
                 self.changed.notify_all()
+            elif header.kind == Kind.ENTER:
+                session.round = _round(note)
+                return {"round": self._enter(session)}
             elif header.kind == Kind.VIEW:
                 return {"members": room.views.at(_round(note))}
             else:
@@ -243,9 +254,9 @@ class Coordinator(Host):
         if session in self.founders:  # it was to begin anew, and has got a state from one who has gone since
             self.founders.remove(session)
             room.found([session.seat], _round(note))
-            for other in self.founders:
-                self._join(other, {})
-            self.founders = []
+            founders, self.founders = self.founders, []
+            for other in founders:
+                self._enter(other)
         newcomers = room.begin(session.worker, _round(note))
         if newcomers:
             self._bring(newcomers, session.seat)

@@ -67,14 +67,14 @@ class Supervised:
         code = self.process.poll()
         if code is None:
             return
-        if code == 0:
+        if code == 0 or self.told:
             self.done = True
             return
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         if self.starts > self.restarts:
             raise LaunchFailed(f"{self.name} {how}, and was started {self.starts} times: its log is {self.log}")
         pause = min(0.25 * 2 ** (self.starts - 1), 10.0)
-        say(f"{self.name} {how}: starting it again in {pause:g} s")
+        say(f"{self.name} {how}: starting it again in {pause:g} s (see {self.log})")
         self.process, self.due = None, time.monotonic() + pause
 
     def tell(self, number: signal.Signals) -> None:

@@ -48,6 +48,7 @@ class Kind(IntEnum):
     STATE = 19  # the state that a newcomer begins with
     HEIR = 20  # the state of a peer that leaves, for another to take over
     ORPHAN = 21  # a newcomer says that who was to give it a state has gone
+    ENTER = 22  # a newcomer asks in, from a round on
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

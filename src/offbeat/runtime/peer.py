@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod, RoundGossipMethod
 from ..core.method import Message, Method
-from ..core.periodic import OuterMethod
+from ..core.periodic import OuterMethod, PeriodicMethod
 from ..core.protocol import AllReduce, Ask, Gradient, Inbox, Loop, Node, Recv, Request, Send, give_back, loop
 from ..failure import Diverged
 from ..trace import Trace
@@ -80,6 +80,7 @@ class Peer(Driver):
         super().__init__(say)
         self.lend, self.team = lend, team or Team()
         self.fresh: list[int] = []  # minibatches that the coordinator has given, and other ranks do not know of
+        self.ahead = 1  # how many rounds ahead all ranks ask to begin, as others go on meanwhile
         self.place, self.x0, self.hello, self.parse = place, x0, hello, parse
         self.worker, self.named = place.worker, place.worker is not None
         self.process = secrets.token_hex(8)
@@ -118,18 +119,26 @@ class Peer(Driver):
                 raise
 
     def _enter_together(self) -> None:
-        """One rank after the other, as the first coordinator says which worker this is; all begin in the same round."""
-        for rank in range(self.team.size):
+        """All ranks begin with the same round: the first one that is open to all of them."""
+        for rank in range(self.team.size):  # the first coordinator says which worker this is
             with self.team.together():
                 if rank == self.team.rank:
-                    try:
-                        self._enter()
-                    except Corrupt as corrupt:
-                        raise LinkLost(str(corrupt)) from None
+                    self._greet()
             self.worker = self.team.first(self.worker)
-        step = self.node.step
-        if self.team.any(step != self.team.first(step)):
-            raise LinkLost("the ranks of this worker were given different rounds to begin in")
+        several = self.team.size > 1 and self.rounds
+        running = several and self.team.any(self.running)
+        wanted = self.team.highest(self.open + (self.ahead if running else 0))
+        if running and isinstance(self.method, PeriodicMethod):
+            wanted = self.method.boundary(wanted)
+        with self.team.together():
+            given = self._call(Kind.ENTER, {"round": wanted}, "the coordinator's word to come in")["round"]
+        if several and self.team.any(given != wanted):  # one was too late for it
+            self.ahead *= 2
+            raise LinkLost(f"round {wanted} is no longer open to all ranks of this worker")
+        with self.team.together():
+            self._begin_life()
+        if several and self.team.any(self.node.step != self.team.first(self.node.step)):
+            raise LinkLost("the ranks of this worker were given different rounds to begin with")
         self._share()
 
     def _share(self) -> None:
@@ -137,7 +146,8 @@ class Peer(Driver):
         fresh, self.fresh = self.team.first(self.fresh), []
         self.tickets.extend(fresh)
 
-    def _enter(self) -> None:
+    def _greet(self) -> None:
+        """Agree with the coordinator on the run."""
         address = self.place.servers[0]
         link = self.link = dial(address, self.place.token, "the coordinator", self.place.timeout)
         self.host = link.sock.getsockname()[0]  # where others can reach this one, as the coordinator can
@@ -182,6 +192,8 @@ class Peer(Driver):
         link.timeout = self.timeout = float(note["timeout"])
         link.sock.settimeout(link.timeout)
         self.transport, self.worker = note["transport"], int(note["worker"])
+        self.open, self.running = int(note["round"]), bool(note["running"])
+        self.seed, self.workers = int(note["seed"]), int(note["workers"])
         head = self.head = head._replace(worker=self.worker, incarnation=note["incarnation"])
         self.method = self.lend(self.parse(note["method"]))
         self.rounds = not isinstance(self.method, PushGossipMethod | PairGossipMethod)
@@ -193,15 +205,18 @@ class Peer(Driver):
         self._spawn(self._accept, listener, head.incarnation)
         self._spawn(self._read, link, head.incarnation)
         self._spawn(self._beats, link, head, float(note["beat"]), self.over)
+
+    def _begin_life(self) -> None:
+        """Get a state, and go on to the first gradient."""
         state, step = self._await_state()
-        self.node = Node(self.worker, self.method, state, step, since=step, seed=note["seed"], view=self._view)
+        self.node = Node(self.head.worker, self.method, state, step, since=step, seed=self.seed, view=self._view)
         with self.monitor:
             self._keep(step)
             self.loop: Loop = loop(self.method, self.node)
             request = next(self.loop)
         self.tickets.clear()
         self.fresh, self._used = [], 0
-        self.terms = Terms(self.worker, self.method, note["seed"], note["workers"], step, None, [])
+        self.terms = Terms(self.head.worker, self.method, self.seed, self.workers, step, None, [])
         self.life += 1
         self._drive(request)
         self._since = time.perf_counter()
@@ -657,7 +672,7 @@ class Peer(Driver):
             thread.join(max(0.0, end - time.monotonic()))
 
     def _last(self, done: bool) -> dict[str, Any]:
-        used, self._used = 0 if self.team.rank else self._used, 0
+        used, self._used = self._used if done and not self.team.rank else 0, 0
         return {"done": done, "used": used, "deeds": self._told()}
 
     def _show(self) -> None:

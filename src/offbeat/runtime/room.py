@@ -66,15 +66,21 @@ class Room:
             seat.since = seat.step = step
         self.views = Views(self.rounds, tuple(sorted(self.seats)), step)
 
-    def enter(self, seat: Seat) -> Seat | None:
-        """A newcomer while others run: the peer that gives it a state now, or None where it waits for its round."""
+    def open(self) -> int:
+        """The first round that a newcomer could begin with."""
+        if not self.rounds or not self.seats:
+            return 0
+        round = max(self.views.asked, *(s.step for s in self.seats.values())) + 1
+        return self.method.boundary(round) if isinstance(self.method, PeriodicMethod) else round
+
+    def enter(self, seat: Seat, round: int = 0) -> Seat | None:
+        """A newcomer while others run, who wants to begin with ``round`` or later: the peer that gives it a state now, or
+        None where it waits for that round."""
         self.coming[seat.worker] = seat
         if not self.rounds:
             donors = sorted(self.seats)
             return self.seats[donors[seat.life % len(donors)]]
-        seat.since = max(self.views.asked, *(s.step for s in self.seats.values())) + 1
-        if isinstance(self.method, PeriodicMethod):
-            seat.since = self.method.boundary(seat.since)
+        seat.since = max(round, self.open())
         self.views.change(seat.since, {seat.worker}, set())
         return None
 

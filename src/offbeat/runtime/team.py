@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.method import Message
 from .link import LinkLost
-from .message import leaves, rebuild
+from .message import Corrupt, leaves, rebuild
 from .worker import Exchange, Remote, Terms
 
 T = TypeVar("T")
@@ -79,23 +79,27 @@ class Team:
         dist.broadcast_object_list(box, group_src=0, group=self.group)
         return box[0]
 
+    def highest(self, number: int) -> int:
+        """The highest of all ranks' numbers."""
+        if self.size == 1:
+            return number
+        told = torch.tensor([number], device=self.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
+        return int(told)
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
-        if self.size == 1:
-            return flag
-        told = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
-        return bool(told)
+        return bool(self.highest(int(flag)))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """What is lost inside by one rank is lost by all, who get it as `Agreed`."""
-        lost: LinkLost | None = None
+        lost: Exception | None = None
         try:
             yield
         except Agreed:
             raise
-        except LinkLost as error:
+        except (LinkLost, Corrupt) as error:
             lost = error
         if self.any(lost is not None):
             raise Agreed(str(lost or "another rank of this worker has lost its link"))

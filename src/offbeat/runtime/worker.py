@@ -415,7 +415,8 @@ class Worker(Driver):
         return x
 
     def leave(self, done: bool) -> None:
-        self.exchange.leave({"done": done, "used": self._used})
+        used = self._used if done else 0  # else somebody will use what this one has begun
+        self.exchange.leave({"done": done, "used": used})
 
     def _again(self, what: Callable[[], Any]) -> Any:
         while True:
