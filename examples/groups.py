@@ -1,7 +1,7 @@
 """Two workers of two processes each: within a worker DDP or FSDP2 keeps step, between workers nobody waits.
 
-    offbeat launch --workers 2 --ranks 2 examples/groups.py             # DistributedDataParallel
-    offbeat launch --workers 2 --ranks 2 examples/groups.py --shard     # FSDP2: each rank has a part of the model
+offbeat launch --workers 2 --ranks 2 examples/groups.py             # DistributedDataParallel
+offbeat launch --workers 2 --ranks 2 examples/groups.py --shard     # FSDP2: each rank has a part of the model
 """
 
 import argparse

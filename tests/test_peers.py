@@ -253,6 +253,8 @@ def test_an_optimizer_that_cannot_take_the_steps_is_refused() -> None:
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     with pytest.raises(ValueError, match=r"ASGD has no local rule .* leave the optimizer out"):
         ob.Replica(model, ob.methods.ASGD(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="BackupWorkers has no local rule"):
+        ob.Replica(model, ob.methods.BackupWorkers(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="the optimizer has 2 trainable parameters, of which 0 are the model's"):
         ob.Replica(model, ob.methods.LocalSGD(), optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
 
@@ -431,3 +433,102 @@ def test_newcomers_whom_nobody_is_left_to_welcome_begin_anew() -> None:
     assert set(room.seats) == {0}, "it counts once it has a state"
     assert [seat.worker for seat in room.leave(0)] == [1]
     assert not room.coming
+
+
+# ---------------------------------------------------------------- the user's own schedule
+
+
+PERIOD, BLOCKS, WORKERS = 3, 4, 2
+
+
+def slow_mo_by_hand(model: nn.Module, data: Tensor, gammas: Callable[[list[float]], float]) -> Tensor:
+    """Where workers end who all take the steps of `Paced`, and then SlowMo's: alpha = 0.8, beta = 0.5, buffers emptied."""
+    x = nn.utils.parameters_to_vector(model.parameters()).detach()
+    u = torch.zeros_like(x)
+    crew = [Paced(copy.deepcopy(model)) for _ in range(WORKERS)]
+    for block in range(BLOCKS):
+        steps = range(block * PERIOD, (block + 1) * PERIOD)
+        rates = [[one.step(data[i, k], one.optimizer.step) for k in steps] for i, one in enumerate(crew)]
+        assert rates[0] == rates[1]
+        gamma = gammas(rates[0])
+        ends = [nn.utils.parameters_to_vector(one.model.parameters()).detach() for one in crew]
+        u = 0.5 * u + (x - torch.stack(ends).mean(0)) / gamma
+        x = x - 0.8 * gamma * u
+        for one in crew:
+            nn.utils.vector_to_parameters(x.clone(), one.model.parameters())
+            one.optimizer.state.clear()
+    return x
+
+
+class Paced:
+    """A model with momentum, a rate that changes at each step, gradients of two minibatches, and clipping."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda k: min(k + 1, 5) / 5 / (1 + 0.1 * k))
+
+    def step(self, minibatches: Tensor, take: Callable[[], object]) -> float:
+        """One step, and its rate."""
+        for x in minibatches:
+            (self.model(x).square().mean() / len(minibatches)).backward()
+        assert nn.utils.clip_grad_norm_(self.model.parameters(), 0.05) > 0.05
+        rate = self.scheduler.get_last_lr()[0]
+        take()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return rate
+
+
+def test_slow_mo_takes_the_rates_of_the_users_scheduler(runs: Callable[..., Run]) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    data = 1 + torch.randn(WORKERS, PERIOD * BLOCKS, 2, 4, 5, dtype=torch.float64)  # two minibatches of 4 for each step
+    run = runs(ob.methods.SlowMo(alpha=0.8, beta=0.5, period=PERIOD), WORKERS, None)
+    ends: dict[int, Tensor] = {}
+
+    def live(worker: int, mine: nn.Module) -> None:
+        try:
+            one = Paced(mine)
+            place = replace(run.place, worker=worker)
+            replica = ob.Replica(mine, run.method, optimizer=one.optimizer, place=place)
+            for minibatches in data[worker]:
+                one.step(minibatches, replica.step)
+            ends[worker] = nn.utils.parameters_to_vector(mine.parameters()).detach().clone()
+            replica.leave()
+        except BaseException as error:
+            run.errors.append(error)
+
+    for i in range(WORKERS):
+        run.threads.append(threading.Thread(target=live, args=(i, copy.deepcopy(model)), daemon=True))
+        run.threads[-1].start()
+    run.end()
+    wanted = slow_mo_by_hand(model, data, lambda rates: sum(rates) / len(rates))
+    for i in range(WORKERS):
+        torch.testing.assert_close(ends[i], wanted, rtol=0, atol=1e-9)
+    assert (slow_mo_by_hand(model, data, lambda rates: rates[0]) - wanted).abs().max() > 1e-4, "or nothing is shown"
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "remote"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_users_optimizer_steps_between_visits_to_a_server(name: str, alone: bool, runs: Callable[..., Run]) -> None:
+    make, rule = OPTIMIZERS[name]
+    torch.manual_seed(0)
+    mine = nn.Linear(5, 3).double()
+    theirs = copy.deepcopy(mine)
+    method = ob.methods.AsyncLocalSGD(rule, period=3)
+    run = None if alone else runs(method, 1, None)
+    place = Place() if run is None else replace(run.place, worker=0)
+    optimizer = make(mine.parameters())
+    a = ob.Replica(mine, method, optimizer=optimizer, place=place)
+    b = ob.Replica(theirs, method, place=Place())
+    for _ in range(12):
+        x = torch.randn(8, 5).double()
+        for model, replica in ((mine, a), (theirs, b)):
+            model(x).square().mean().backward()
+            replica.step()
+    a.leave()
+    if run is not None:
+        run.end()
+    torch.testing.assert_close(mine.weight, theirs.weight, rtol=0, atol=1e-12)
+    assert optimizer.state, "it has taken the steps"

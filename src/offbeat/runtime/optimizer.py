@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.descent import Rule, count
-from ..core.method import Method
+from ..core.method import GradientServer, Method
 from ..tasks.flat import Flat, Sharded, local
 
 
@@ -101,7 +101,7 @@ def lent(method: Method, optimizer: torch.optim.Optimizer, flat: Flat | Sharded)
         )
 
     def put(value: Method) -> Method:
-        for f in fields(value):
+        for f in fields(value) if not isinstance(value, GradientServer) else ():  # whose rule would be the server's
             part = getattr(value, f.name)
             if isinstance(part, Rule):
                 return replace(value, **{f.name: rule})

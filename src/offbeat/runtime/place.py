@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,16 +90,36 @@ class Place:
         command += ["--workers", str(self.hosts), "--out", str(out)]
         command += ["--method", self.method] if self.method else []
         with open(out / "server.log", "ab") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
-        atexit.register(_wait, process)  # before the worker's own leave is registered, so done after it
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+        hosted = Hosted(process, self.patience)
+        atexit.register(hosted.wait)  # before the worker's own leave is registered, so done after it
 
 
-def _wait(process: subprocess.Popen[bytes]) -> None:
-    """The run ends when all workers have left; whoever hosts it stays for so long."""
-    try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        process.terminate()
+class Hosted:
+    """The process that hosts a job's run, and says as JSON lines who is there."""
+
+    def __init__(self, process: subprocess.Popen[bytes], patience: float) -> None:
+        self.process, self.patience = process, patience
+        self.seen = time.monotonic()  # when a worker was there last
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for text in lines:
+                with contextlib.suppress(ValueError):
+                    if json.loads(text).get("workers"):
+                        self.seen = time.monotonic()
+
+    def wait(self) -> None:
+        """Stay until the run is over; one to which nobody comes back is ended, as is one whose own script has failed."""
+        began = time.monotonic()
+        while self.process.poll() is None:
+            since = began if hasattr(sys, "last_value") else max(began, self.seen)
+            if time.monotonic() - since > self.patience:
+                self.process.terminate()
+                return
+            time.sleep(0.05)
 
 
 def first_node(nodes: str) -> str:

@@ -79,6 +79,11 @@ class Replica:
 
         if method is not None and not isinstance(method, Method):
             raise TypeError(f"method = {method!r}: give a method such as DanaZero(lr=0.05)")
+        if group is None and isinstance(model, DistributedDataParallel):
+            raise ValueError(
+                "the model is in DistributedDataParallel: name the process group of its ranks, as in group=dist.group.WORLD, "
+                "if they are to be one worker; if each is to be one, give and train the module inside"
+            )
         place = place or Place.read(launchers=group is None)
         if place.method and method is not None and repr(read(place.method)) != repr(method):
             raise ValueError(
@@ -238,8 +243,7 @@ def enter(
             raise ValueError("method = None: give one, or start the script with `offbeat launch --method NAME`")
         if not isinstance(method, ServerMethod):
             return Solitary(lend(method), x0, say)
-        lend(method)
-        return Worker(Alone(method, x0), say)
+        return Worker(Alone(method, x0), say, lend)
     team = team or Team()
     if team.size > 1:
         if len(place.servers) != team.size:
@@ -261,14 +265,14 @@ def enter(
     hello = {**hello, "method": "" if method is None else repr(method)}
     if method is None or isinstance(method, ServerMethod):
         if method is not None:
-            lend(method)  # which says why not
+            lend(method)  # which says why not, before anybody is dialled
         shard = (team.rank, team.size) if team.size > 1 else None
         remote = Remote(place, x0[team.part(len(x0))], hello, parse, shard)
         remote.stopped = stopped
         if team.size > 1:
-            return Worker(Together(remote, team, len(x0)), say)
+            return Worker(Together(remote, team, len(x0)), say, lend)
         with contextlib.suppress(OtherKind):  # it names a method whose workers are peers
-            return Worker(remote, say)
+            return Worker(remote, say, lend)
     return Peer(place, x0, hello, parse, say, lend, stopped, team)
 
 

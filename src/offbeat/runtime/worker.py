@@ -348,9 +348,15 @@ class Driver(ABC):
 class Worker(Driver):
     """A worker of a method with a server."""
 
-    def __init__(self, exchange: Exchange, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        say: Callable[[str], None],
+        lend: Callable[[Method], Method] = lambda method: method,
+    ) -> None:
+        """``lend`` puts this worker's own optimizer into the run's method."""
         super().__init__(say)
-        self.exchange = exchange
+        self.exchange, self.lend = exchange, lend
         self._losses: list[float] = []
         self._computes: list[float] = []
         self._begin(exchange.join())
@@ -360,9 +366,10 @@ class Worker(Driver):
         """A life begins with the first reply."""
         self.life += 1
         self.terms = terms
-        assert isinstance(terms.method, ServerMethod)
-        self.node = Node(terms.worker, terms.method, terms.method.init(terms.reply), terms.step, seed=terms.seed)
-        self.loop: Loop = loop(terms.method, self.node)
+        method = self.lend(terms.method)
+        assert isinstance(method, ServerMethod)
+        self.node = Node(terms.worker, method, method.init(terms.reply), terms.step, seed=terms.seed)
+        self.loop: Loop = loop(method, self.node)
         self.request = self._gradient(next(self.loop))
         self.tickets = deque(terms.tickets)
         self._used, self._losses, self._computes = 0, [], []
