@@ -207,7 +207,7 @@ class Coordinator(Host):
             session.link.hang_up()  # whose thread sees it
 
     def _serve(self, session: Attendance) -> bool:
-        kinds = Kind.BEGIN, Kind.VIEW, Kind.REDUCE, Kind.VOTE, Kind.STEP, Kind.MEET, Kind.ORPHAN, Kind.ENTER, Kind.LEAVE
+        kinds = Kind.BEGIN, Kind.REDUCE, Kind.STEP, Kind.MEET, Kind.ORPHAN, Kind.ENTER, Kind.LEAVE
         due = dict.fromkeys(kinds, 0)
         due[Kind.MODEL] = self._model.bytes
         while True:
@@ -222,8 +222,7 @@ class Coordinator(Host):
                     if "diverged" in note:
                         self.say(self._diverged(session, header.step, str(note["diverged"])[:200]))
                         return False
-                    self._did(session, note)
-                    self._used(session, note.get("used"))
+                    self._report(session, note)
                     if session.done or not note.get("done"):
                         return True
                     self._finish(session)
@@ -238,22 +237,18 @@ class Coordinator(Host):
         """What a peer says, and the answer, if there is one to give."""
         header, room = frame.header, self.room
         assert room is not None
-        if header.kind in (Kind.REDUCE, Kind.VOTE):
-            return self._average(session, header.kind, note)
         with self.changed:
             if self.sessions.get(session.worker) is not session:
                 raise LinkLost(f"worker {session.worker} speaks on the link of a life that is over")
+            self._report(session, note)
+            if header.kind == Kind.REDUCE:
+                return self._average(session, note)
             if header.kind == Kind.MODEL:
                 session.mind(session.step is not None or session.done, "shows a model")
                 x = self._model.unpack(frame.payload)
                 if not finite(x):
                     raise Diverging(self._diverged(session, header.step, "its model is not finite"))
                 self.shown[session.worker] = x
-            elif header.kind == Kind.STEP:
-                session.mind(session.step == header.step < session.end, f"takes step {header.step}")
-                session.step = header.step + 1
-                self._did(session, note)
-                self._record(session, self.steps.get(session.worker, 0), 1, note, 0, {})
             elif header.kind == Kind.MEET:
                 average = session.average
                 for other in average.ranks if average is not None and average.group == note.get("group") else ():
@@ -273,10 +268,7 @@ class Coordinator(Host):
                 session.mind(round <= first + FAR, f"asks in from round {_said(note)} on, where {first} is the first")
                 session.round, session.entered = round, True
                 return {"round": self._enter(session)}
-            elif header.kind == Kind.VIEW:
-                round = session.at(note, back=1)
-                return {"members": room.views.at(round)}
-            else:
+            elif header.kind == Kind.BEGIN:
                 return self._go_on(session, note)
             return None
 
@@ -307,6 +299,7 @@ class Coordinator(Host):
             for other in founders:
                 self._enter(other)
         newcomers = room.begin(session.worker, step)
+        self.changed.notify_all()  # who waits for an average that this one has
         if newcomers:
             self._bring(newcomers, session.seat)
         elif new:
@@ -316,46 +309,45 @@ class Coordinator(Host):
             for other in self.sessions.values():
                 other.show = True
         show, session.show = session.show, False
-        return {"tickets": tickets, "welcome": _lives(newcomers), "show": show}
+        members = room.views.at(session.end - 1)  # which closes all rounds of the block to newcomers
+        return {"tickets": tickets, "welcome": _lives(newcomers), "show": show, "members": members}
 
-    def _did(self, session: Attendance, note: dict[str, Any]) -> None:
-        """Keep what a peer tells of what it has done."""
-        deeds = note.get("deeds")
-        if isinstance(deeds, list):
-            session.mind(
-                all(isinstance(d, list) and d and isinstance(d[0], str) for d in deeds), "tells what is no deed"
-            )
+    def _report(self, session: Attendance, note: dict[str, Any]) -> None:
+        """Record what a peer has done since it last said so; under the lock."""
+        deeds, losses = note.get("deeds", []), note.get("losses", [])
+        well = isinstance(deeds, list) and all(isinstance(d, list) and d and isinstance(d[0], str) for d in deeds)
+        session.mind(well, "tells what is no deed")
+        if deeds:
             self._write(line(Deeds(session.worker, session.incarnation, deeds)))
+        if losses:
+            well = isinstance(losses, list) and session.step is not None and len(losses) <= session.end - session.step
+            session.mind(well, f"takes {len(losses) if isinstance(losses, list) else 'no'} steps")
+            assert session.step is not None
+            session.step += len(losses)
+            self._record(session, self.steps.get(session.worker, 0), len(losses), note, 0, {})
+        else:
+            self._used(session, note.get("used"))
 
-    def _average(self, session: Attendance, kind: Kind, note: dict[str, Any]) -> dict[str, Any]:
-        """Wait for all who take part in an average, or for their votes on it."""
-        room = self.room
+    def _average(self, session: Attendance, note: dict[str, Any]) -> dict[str, Any]:
+        """Wait for all who live to ask for an average, and not for those who have it; under the lock."""
+        room, members = self.room, _members(note)
         assert room is not None
-        with self.changed:
-            if kind == Kind.REDUCE:
-                round, members = session.at(note), _members(note)
-                known = session.worker in members and set(members) <= set(room.views.at(round - 1))
-                session.mind(known, f"wants an average of workers {str(members)[:100]}")
-                average = session.average = room.reduce(session.worker, members, round)
-            else:
-                session.mind(session.average is not None, "votes on an average that it has not asked for")
-                assert session.average is not None
-                average = session.average
-                room.vote(session.worker, average, bool(note.get("good")))
-            self.changed.notify_all()
-            while not (average.ranks if kind == Kind.REDUCE else average.good is not None):
-                if self.stopping.is_set() or self.sessions.get(session.worker) is not session:
-                    raise LinkLost(f"worker {session.worker} is gone while an average waited")
-                self.changed.wait(self.terms.beat)
-                session.link.beat(session.head)
-                session.link.drain()
-                if time.monotonic() - session.link.heard > self.terms.timeout:
-                    raise LinkLost(
-                        f"worker {session.worker} was silent for {self.terms.timeout:g} s while an average waited"
-                    )
-            if kind == Kind.REDUCE:
-                return {"group": average.group, "ranks": list(average.ranks)}
-            return {"good": average.good}
+        assert session.seat is not None
+        round, index = session.at(note), note.get("index")
+        known = session.worker in members and set(members) <= set(room.views.at(round - 1)) and type(index) is int
+        session.mind(known and session.worker in room.seats, f"wants an average of workers {str(members)[:100]}")
+        average = session.average = room.reduce(session.worker, members, (round, int(index or 0)))
+        self.changed.notify_all()
+        while not average.ranks and average.holder is None:
+            if self.stopping.is_set() or self.sessions.get(session.worker) is not session:
+                raise LinkLost(f"worker {session.worker} is gone while an average waited")
+            self.changed.wait(self.terms.beat)
+            session.link.drain()
+            if time.monotonic() - session.link.heard > self.terms.timeout:
+                raise LinkLost(
+                    f"worker {session.worker} was silent for {self.terms.timeout:g} s while an average waited"
+                )
+        return {"group": average.group, "ranks": list(average.ranks), "holder": average.holder}
 
     def _part(self, session: Attendance, orderly: bool) -> None:
         assert self.room is not None
