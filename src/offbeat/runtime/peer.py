@@ -559,7 +559,7 @@ class Peer(Driver):
             self.group = name, group
         members = self.group[1]
         assert members is not None
-        for dtype in {t.dtype for t in tensors}:
+        for dtype in dict.fromkeys(t.dtype for t in tensors):  # in one order everywhere, as a set has not
             same = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.reshape(-1) for t in same]).cpu()
             members.sum(flat)
