@@ -371,29 +371,37 @@ def seats(*workers: int) -> list[Seat]:
 def test_an_average_that_a_death_breaks_is_taken_again_without_the_dead() -> None:
     room = Room(ob.methods.AllReduce())
     room.found(seats(0, 1, 2))
-    first = [room.reduce(worker, (0, 1, 2), 1) for worker in (0, 1, 2)]
+    first = [room.reduce(worker, (0, 1, 2), (1, 0)) for worker in (0, 1, 2)]
     assert first[0] is first[1] is first[2]
     assert first[0].ranks == (0, 1, 2)
-    room.vote(0, first[0], True)
-    room.leave(2)
-    assert first[0].good is None
-    room.vote(1, first[0], True)
-    assert first[0].good is False
-    again = room.reduce(0, (0, 1, 2), 1)
+    again = room.reduce(0, (0, 1, 2), (1, 0))
     assert again is not first[0]
     assert again.group != first[0].group
+    room.leave(2)
     assert again.ranks == ()
-    assert room.reduce(1, (0, 1, 2), 1).ranks == (0, 1)
-    room.vote(0, again, True)
-    room.vote(1, again, True)
-    assert again.good is True
+    assert room.reduce(1, (0, 1, 2), (1, 0)).ranks == again.ranks == (0, 1)
     assert not room.averages
+
+
+def test_who_could_not_take_an_average_gets_it_from_one_who_has_it() -> None:
+    room = Room(ob.methods.AllReduce())
+    room.found(seats(0, 1, 2))
+    average = room.reduce(1, (0, 1, 2), (1, 0))
+    room.leave(2)
+    assert average.holder is None
+    assert average.ranks == ()
+    room.begin(0, 1)
+    assert average.holder == 0
+    later = room.reduce(1, (0, 1), (2, 0))
+    assert later.holder is None
+    room.reduce(0, (0, 1), (2, 1))  # the second one of that round
+    assert later.holder == 0
 
 
 def test_nobody_waits_for_the_dead_to_average() -> None:
     room = Room(ob.methods.AllReduce())
     room.found(seats(0, 1))
-    average = room.reduce(0, (0, 1), 1)
+    average = room.reduce(0, (0, 1), (1, 0))
     assert average.ranks == ()
     room.leave(1)
     assert average.ranks == (0,)

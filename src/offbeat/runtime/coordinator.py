@@ -8,6 +8,7 @@ to start from again.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import threading
 import time
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from ..core.gossip import GossipMethod
 from ..core.method import Method
 from ..core.periodic import PeriodicMethod
 from ..trace import Deeds, line
-from .host import Diverging, Host, OtherKind, Session, Terms
-from .link import Frame, Link, LinkLost
+from .host import Diverging, Host, OtherKind, Refused, Session, Terms
+from .link import Frame, Link, LinkLost, machine
 from .message import Corrupt, Header, Kind, finite
 from .room import Average, Room, Seat
 from .server import RunServer
+
+FAR = 10_000
+"""How many rounds ahead a newcomer may ask in."""
 
 
 @dataclass(eq=False)
@@ -32,10 +36,26 @@ class Attendance(Session):
     """One life of one peer."""
 
     seat: Seat | None = None
+    welcomed: bool = False  # whether it was told who gives it a state
+    step: int | None = None  # the step that it takes next; None: it has not begun
+    end: int = 0  # the step at which its block ends
     done: bool = False  # whether its loop has ended
     show: bool = False  # whether it is to show its model when it next goes on
     average: Average | None = None  # the one that it has asked for
     round: int = 0  # with which it wants to begin
+    entered: bool = False  # whether it has asked in
+
+    def mind(self, well: bool, what: str) -> None:
+        """`Corrupt` where what the peer does is not its turn."""
+        if not well:
+            where = "has not begun" if self.step is None else f"is at step {self.step} of a block until {self.end}"
+            raise Corrupt(f"worker {self.worker} {what}, and {where}: its link is refused, and it may join anew")
+
+    def at(self, note: dict[str, Any], back: int = 0) -> int:
+        """The round that the peer names, which must be the one that it is at, or so many ``back``."""
+        round = _round(note)
+        self.mind(self.step is not None and 0 <= round == self.step - back, f"names round {_said(note)}")
+        return round
 
 
 class Coordinator(Host):
@@ -82,8 +102,13 @@ class Coordinator(Host):
         assert self.method is not None
         if not note.get("peer"):
             raise OtherKind(self.method)
-        self.method.check(max(self.terms.workers, 1))
-        seat = Seat(head.worker, head.incarnation, str(note.get("address")), str(note.get("machine")))
+        try:
+            self.method.check(max(self.terms.workers, 1))
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        if self.terms.transport == "shared" and note.get("machine") != machine():
+            raise Refused("a peer on another machine cannot share memory: take the transport gloo, tcp or auto")
+        seat = Seat(head.worker, head.incarnation, _address(note), str(note.get("machine")))
         running = self.room is not None and bool(self.room.seats)
         begin = self.room.open() if self.room is not None and running else self.step
         way = {"transport": self.terms.transport, "round": begin, "running": running}
@@ -110,15 +135,18 @@ class Coordinator(Host):
         assert self.room is not None
         self._news()
         for seat in newcomers:
+            self.sessions[seat.worker].welcomed = True
             self._send(self.sessions[seat.worker], Kind.NEWS, {"donor": [donor.worker, donor.life]})
         if not self.room.rounds:
-            self._send(self.sessions[donor.worker], Kind.NEWS, {"welcome": [seat.worker for seat in newcomers]})
+            self._send(self.sessions[donor.worker], Kind.NEWS, {"welcome": _lives(newcomers)})
 
     def _found(self, first: bool) -> None:
         """The run begins when all who were launched are there, or when they have had time enough to come."""
         with self.changed:
             end = time.monotonic() + self.terms.timeout
             while first and len(self.founders) < self.terms.workers - self.finished and time.monotonic() < end:
+                if self.stopping.is_set():
+                    return
                 self.changed.wait(0.2)
             if not first or not self.founders:
                 self.changed.notify_all()
@@ -179,7 +207,7 @@ class Coordinator(Host):
             session.link.hang_up()  # whose thread sees it
 
     def _serve(self, session: Attendance) -> bool:
-        kinds = Kind.BEGIN, Kind.VIEW, Kind.REDUCE, Kind.VOTE, Kind.STEP, Kind.MEET, Kind.ORPHAN, Kind.ENTER, Kind.LEAVE
+        kinds = Kind.BEGIN, Kind.REDUCE, Kind.STEP, Kind.MEET, Kind.ORPHAN, Kind.ENTER, Kind.LEAVE
         due = dict.fromkeys(kinds, 0)
         due[Kind.MODEL] = self._model.bytes
         while True:
@@ -194,12 +222,13 @@ class Coordinator(Host):
                     if "diverged" in note:
                         self.say(self._diverged(session, header.step, str(note["diverged"])[:200]))
                         return False
-                    self._did(session, note)
-                    self._used(session, note.get("used"))
-                    if note.get("done") and not session.done:
-                        self._finish(session)
-                        continue
-                return True
+                    self._report(session, note)
+                    if session.done or not note.get("done"):
+                        return True
+                    self._finish(session)
+                self.save()  # who has finished does not come again, should the coordinator have to
+                due = {kind: due[kind] for kind in (Kind.MODEL, Kind.LEAVE)}
+                continue
             answer = self._hear(session, frame, note)
             if answer is not None:
                 session.link.send(session.head._replace(kind=Kind.ANSWER), None, answer)
@@ -208,56 +237,69 @@ class Coordinator(Host):
         """What a peer says, and the answer, if there is one to give."""
         header, room = frame.header, self.room
         assert room is not None
-        if header.kind in (Kind.REDUCE, Kind.VOTE):
-            return self._average(session, header.kind, note)
         with self.changed:
             if self.sessions.get(session.worker) is not session:
                 raise LinkLost(f"worker {session.worker} speaks on the link of a life that is over")
+            self._report(session, note)
+            if header.kind == Kind.REDUCE:
+                return self._average(session, note)
             if header.kind == Kind.MODEL:
+                session.mind(session.step is not None or session.done, "shows a model")
                 x = self._model.unpack(frame.payload)
                 if not finite(x):
                     raise Diverging(self._diverged(session, header.step, "its model is not finite"))
                 self.shown[session.worker] = x
-                self.step = max(self.step, header.step)
-            elif header.kind == Kind.STEP:
-                self._did(session, note)
-                self._record(session, self.steps.get(session.worker, 0), 1, note, 0, {})
             elif header.kind == Kind.MEET:
                 average = session.average
                 for other in average.ranks if average is not None and average.group == note.get("group") else ():
                     if other != session.worker and other in self.sessions:
                         self._send(self.sessions[other], Kind.MEET, note)
             elif header.kind == Kind.ORPHAN:
-                self._without(session)
-                self._enter(session)
-                self._news()
-                self.changed.notify_all()
+                session.mind(session.step is None, "wants a state to begin with")
+                session.welcomed = False
+                if session not in self.founders:  # who begin anew already
+                    self._without(session)
+                    self._enter(session)
+                    self._news()
+                    self.changed.notify_all()
             elif header.kind == Kind.ENTER:
-                session.round = _round(note)
+                round, first = _round(note), max(self.step, room.open())
+                session.mind(session.step is None and not session.entered, "asks in")
+                session.mind(round <= first + FAR, f"asks in from round {_said(note)} on, where {first} is the first")
+                session.round, session.entered = round, True
                 return {"round": self._enter(session)}
-            elif header.kind == Kind.VIEW:
-                return {"members": room.views.at(_round(note))}
-            else:
-                return self._go_on(session, header, note)
+            elif header.kind == Kind.BEGIN:
+                return self._go_on(session, note)
             return None
 
-    def _go_on(self, session: Attendance, header: Header, note: dict[str, Any]) -> dict[str, Any]:
+    def _go_on(self, session: Attendance, note: dict[str, Any]) -> dict[str, Any]:
         """A peer wants minibatches, and but for those in the middle of a block, to begin a round."""
         room = self.room
         assert room is not None
         assert session.seat is not None
-        tickets = self._hand(session, note)
         if note.get("more"):
-            return {"tickets": tickets}
-        self.step = max(self.step, header.step)
-        new = session.worker not in room.seats
+            session.mind(session.step is not None, "wants minibatches")
+            return {"tickets": self._hand(session, note)}
+        new, step = session.worker not in room.seats, _round(note)
+        if session.step is not None:
+            turn = range(session.end, session.step + 1)
+        elif new:  # with the state of a peer that has begun
+            turn = range(self.step + 1 if session.welcomed else 0)
+        else:
+            turn = range(session.seat.step, session.seat.step + 1)
+        session.mind(step in turn, f"begins round {_said(note)}")
+        session.step = step
+        session.end = step + (self.method.span(step) if isinstance(self.method, PeriodicMethod) else 1)
+        self.step = max(self.step, step)
+        tickets = self._hand(session, note)
         if session in self.founders:  # it was to begin anew, and has got a state from one who has gone since
             self.founders.remove(session)
-            room.found([session.seat], _round(note))
+            room.found([session.seat], step)
             founders, self.founders = self.founders, []
             for other in founders:
                 self._enter(other)
-        newcomers = room.begin(session.worker, _round(note))
+        newcomers = room.begin(session.worker, step)
+        self.changed.notify_all()  # who waits for an average that this one has
         if newcomers:
             self._bring(newcomers, session.seat)
         elif new:
@@ -267,47 +309,54 @@ class Coordinator(Host):
             for other in self.sessions.values():
                 other.show = True
         show, session.show = session.show, False
-        return {"tickets": tickets, "welcome": [seat.worker for seat in newcomers], "show": show}
+        members = room.views.at(session.end - 1)  # which closes all rounds of the block to newcomers
+        return {"tickets": tickets, "welcome": _lives(newcomers), "show": show, "members": members}
 
-    def _did(self, session: Attendance, note: dict[str, Any]) -> None:
-        """Keep what a peer tells of what it has done."""
-        if isinstance(note.get("deeds"), list):
-            self._write(line(Deeds(session.worker, session.incarnation, note["deeds"])))
+    def _report(self, session: Attendance, note: dict[str, Any]) -> None:
+        """Record what a peer has done since it last said so; under the lock."""
+        deeds, losses = note.get("deeds", []), note.get("losses", [])
+        well = isinstance(deeds, list) and all(isinstance(d, list) and d and isinstance(d[0], str) for d in deeds)
+        session.mind(well, "tells what is no deed")
+        if deeds:
+            self._write(line(Deeds(session.worker, session.incarnation, deeds)))
+        if losses:
+            well = isinstance(losses, list) and session.step is not None and len(losses) <= session.end - session.step
+            session.mind(well, f"takes {len(losses) if isinstance(losses, list) else 'no'} steps")
+            assert session.step is not None
+            session.step += len(losses)
+            self._record(session, self.steps.get(session.worker, 0), len(losses), note, 0, {})
+        else:
+            self._used(session, note.get("used"))
 
-    def _average(self, session: Attendance, kind: Kind, note: dict[str, Any]) -> dict[str, Any]:
-        """Wait for all who take part in an average, or for their votes on it."""
-        room = self.room
+    def _average(self, session: Attendance, note: dict[str, Any]) -> dict[str, Any]:
+        """Wait for all who live to ask for an average, and not for those who have it; under the lock."""
+        room, members = self.room, _members(note)
         assert room is not None
-        with self.changed:
-            if kind == Kind.REDUCE:
-                average = session.average = room.reduce(session.worker, _members(note), _round(note))
-            elif session.average is None:
-                raise Corrupt(f"worker {session.worker} votes on an average that it has not asked for")
-            else:
-                average = session.average
-                room.vote(session.worker, average, bool(note.get("good")))
-            self.changed.notify_all()
-            while not (average.ranks if kind == Kind.REDUCE else average.good is not None):
-                if self.stopping.is_set() or self.sessions.get(session.worker) is not session:
-                    raise LinkLost(f"worker {session.worker} is gone while an average waited")
-                self.changed.wait(self.terms.beat)
-                session.link.beat(session.head)
-                session.link.drain()
-                if time.monotonic() - session.link.heard > self.terms.timeout:
-                    raise LinkLost(
-                        f"worker {session.worker} was silent for {self.terms.timeout:g} s while an average waited"
-                    )
-            if kind == Kind.REDUCE:
-                return {"group": average.group, "ranks": list(average.ranks)}
-            return {"good": average.good}
+        assert session.seat is not None
+        round, index = session.at(note), note.get("index")
+        known = session.worker in members and set(members) <= set(room.views.at(round - 1)) and type(index) is int
+        session.mind(known and session.worker in room.seats, f"wants an average of workers {str(members)[:100]}")
+        average = session.average = room.reduce(session.worker, members, (round, int(index or 0)))
+        self.changed.notify_all()
+        while not average.ranks and average.holder is None:
+            if self.stopping.is_set() or self.sessions.get(session.worker) is not session:
+                raise LinkLost(f"worker {session.worker} is gone while an average waited")
+            self.changed.wait(self.terms.beat)
+            session.link.drain()
+            if time.monotonic() - session.link.heard > self.terms.timeout:
+                raise LinkLost(
+                    f"worker {session.worker} was silent for {self.terms.timeout:g} s while an average waited"
+                )
+        return {"group": average.group, "ranks": list(average.ranks), "holder": average.holder}
 
     def _part(self, session: Attendance, orderly: bool) -> None:
         assert self.room is not None
         if session in self.founders:
             self.founders.remove(session)
-        if not session.done and len(self.shown) > 1:
-            self.shown.pop(session.worker, None)
         if not session.done:
+            if self.shown.keys() == {session.worker}:
+                self.start = self.x()  # until others show theirs
+            self.shown.pop(session.worker, None)
             self._without(session)
         self._news()
         self.changed.notify_all()
@@ -321,20 +370,39 @@ class Coordinator(Host):
         return []
 
 
+def _lives(seats: list[Seat]) -> list[tuple[int, int]]:
+    return [(seat.worker, seat.life) for seat in seats]
+
+
+def _said(note: dict[str, Any]) -> str:
+    return str(note.get("round"))[:100]
+
+
 def _round(note: dict[str, Any]) -> int:
-    """The round in a note."""
+    """The round in a note; -1 where it makes no sense."""
     value = note.get("round")
-    if not isinstance(value, int) or value < 0:
-        raise Corrupt(f"round {str(value)[:100]} in a note")
-    return value
+    return value if type(value) is int else -1
 
 
 def _members(note: dict[str, Any]) -> tuple[int, ...]:
-    """The members of an average in a note."""
+    """The members of an average in a note, in rising order; none where they make no sense."""
     value = note.get("members")
-    if not isinstance(value, list) or not all(isinstance(m, int) for m in value):
-        raise Corrupt(f"members {str(value)[:100]} in a note")
+    if not isinstance(value, list) or not all(type(m) is int for m in value) or value != sorted(set(value)):
+        return ()
     return tuple(value)
+
+
+def _address(note: dict[str, Any]) -> str:
+    """Where a peer says that it listens; `Refused` unless it can be dialled."""
+    said = str(note.get("address"))
+    host, _, port = said.rpartition(":")
+    try:
+        ipaddress.ip_address(host)
+        if 0 < int(port) < 65536:
+            return f"{host}:{int(port)}"
+    except ValueError:
+        pass
+    raise Refused(f"a peer that listens at {said[:100]}: it must be a numeric address and a port, as in 10.0.0.1:29500")
 
 
 def host_for(terms: Terms) -> type[Host]:

@@ -37,18 +37,17 @@ class Kind(IntEnum):
     MEET = 9  # where the sender listens for what does not go over the link itself, as a note
     # of peers and their coordinator
     BEGIN = 10  # a peer has delivered everything and begins a round
-    VIEW = 11  # asks who is in a round
-    REDUCE = 12  # asks for an average
-    VOTE = 13  # says whether it has come about
-    STEP = 14  # a gradient was taken
-    NEWS = 15  # who is there
-    ANSWER = 16  # to what was asked, or that a message was taken
-    SEND = 17  # a peer's message to another
-    ASK = 18  # a message that is answered
-    STATE = 19  # the state that a newcomer begins with
-    HEIR = 20  # the state of a peer that leaves, for another to take over
-    ORPHAN = 21  # a newcomer says that who was to give it a state has gone
-    ENTER = 22  # a newcomer asks in, from a round on
+    STEP = 11  # gradients were taken
+    REDUCE = 12  # asks with whom to take an average
+    MEAN = 13  # asks a peer for an average that it has taken
+    NEWS = 14  # who is there
+    ANSWER = 15  # to what was asked, or that a message was taken
+    SEND = 16  # a peer's message to another
+    ASK = 17  # a message that is answered
+    STATE = 18  # the state that a newcomer begins with
+    HEIR = 19  # the state of a peer that leaves, for another to take over
+    ORPHAN = 20  # a newcomer says that who was to give it a state has gone
+    ENTER = 21  # a newcomer asks in, from a round on
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -8,12 +8,14 @@ coordinator says that the receiver is dead: then it comes back. So nothing is lo
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
@@ -59,6 +61,25 @@ class Entry(NamedTuple):
 
     which: tuple[int, int, int]  # its source, which life of it, and its number there
     round: int | None
+    message: Message
+
+
+@dataclass(eq=False)
+class Standing:
+    """A process group for averages, which stands until somebody comes or goes."""
+
+    name: str
+    ranks: tuple[int, ...]
+    living: tuple[tuple[int, int], ...]  # the workers, and their lives
+    group: Group | None = None
+
+
+class Mean(NamedTuple):
+    """An average that was taken: by whom, and what came out."""
+
+    name: str
+    ranks: tuple[int, ...]
+    turn: tuple[int, int]
     message: Message
 
 
@@ -168,12 +189,16 @@ class Peer(Driver):
             ] = {}  # last number of each life, and the answer
             self.numbers = 0
             self.replies: deque[Any] = deque()
-            self.views: dict[int, tuple[int, ...]] = {}
-            self.group: tuple[str, Group | None] = ("", None)
-            self.newcomers: list[int] = []
-            self.closing = False
+            self.members: tuple[int, ...] = ()  # who takes part in this block
+            self.groups: dict[tuple[int, ...], Standing] = {}  # for averages, by their members
+            self.turn = (-1, 0)  # the last average: its round, and how many of that round came before it
+            self.mean: Mean | None = None  # the last average, for members who could not take it
+            self.newcomers: list[tuple[int, int]] = []  # who begins with this one's state: the worker, and its life
+            self.born = self.closing = False
         self.since = 0  # gradients since the coordinator was last asked to go on
-        self.last_view: tuple[int, ...] = ()
+        self.losses: list[float] = []  # of gradients that it has not been told of
+        self.computes: list[float] = []
+        self.waited, self.used, self.said = 0.0, 0, time.monotonic()
         head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
         host, port = listener.getsockname()[:2]
         about: dict[str, Any] = {
@@ -214,6 +239,8 @@ class Peer(Driver):
             self._keep(step)
             self.loop: Loop = loop(self.method, self.node)
             request = next(self.loop)
+            self.born = True
+            self.changed.notify_all()
         self.tickets.clear()
         self.fresh, self._used = [], 0
         self.terms = Terms(self.head.worker, self.method, self.seed, self.workers, step, None, [])
@@ -280,7 +307,7 @@ class Peer(Driver):
             self.alive = {about["worker"]: about for about in news["alive"] if about["worker"] != self.worker}
         if "donor" in news:
             self.donor = tuple(news["donor"])
-        self.newcomers += news.get("welcome", ())
+        self.newcomers += [(worker, life) for worker, life in news.get("welcome", ())]
         if self.state is None and self.donor is not None:
             about = self.alive.get(self.donor[0], {})
             if (about.get("life"), about.get("place")) != (self.donor[1], "in"):
@@ -310,62 +337,117 @@ class Peer(Driver):
                 link = links.enter_context(contextlib.closing(accept(sock, self.place.token, "a peer", self.timeout)))
                 hello = link.recv({Kind.HELLO: 0}, "its hello")
                 link.name = f"worker {hello.header.worker}"
-                sizes = max(self.answer.bytes, 8), max(self.message.bytes, self.form.bytes, 8)
-                better, way = offered(link, hello.note["machine"], self.transport, sizes)
+                other = hello.note.get("machine") if isinstance(hello.note, dict) else None
+                sizes = max(self.answer.bytes, self.form.bytes, 8), max(self.message.bytes, self.form.bytes, 8)
+                better, way = offered(link, other, self.transport, sizes)
                 links.callback(better.close)
                 with self.monitor:
                     self.incoming.add(better)
                     links.callback(self.incoming.discard, better)
                 link.send(self.head._replace(kind=Kind.WELCOME), None, way)
                 better.meet()
-                due = {Kind.SEND: self.message.bytes, Kind.ASK: self.message.bytes, Kind.STATE: self.form.bytes}
-                due[Kind.HEIR] = self.form.bytes
+                due = self._due()
                 while True:
-                    self._take(better, better.recv(due, "its next message", patient=True), life)
+                    frame = better.recv(due, "its next message", patient=True)
+                    if frame.header[2:4] != hello.header[2:4]:
+                        raise Corrupt(
+                            f"life {frame.header.incarnation} of worker {frame.header.worker} speaks on the link of life "
+                            f"{hello.header.incarnation} of worker {hello.header.worker}: refused"
+                        )
+                    if frame.header.kind == Kind.MEAN:
+                        self._give(better, frame)
+                    else:
+                        self._take(better, frame, life)
             except LinkLost:
                 pass  # whoever it was comes again, or is dead, which the coordinator says
-            except (Corrupt, PermissionError, ValueError, KeyError, TypeError) as error:
+            except (Corrupt, PermissionError, ValueError) as error:
                 self.say(f"refused: {error}")
+
+    def _due(self) -> dict[Kind, int]:
+        """What peers may send, and how many bytes each has."""
+        due = {Kind.STATE: self.form.bytes, Kind.MEAN: 0}
+        if isinstance(self.method, GossipMethod):
+            due[Kind.HEIR] = self.form.bytes
+        if isinstance(self.method, PairGossipMethod):
+            due[Kind.ASK] = self.message.bytes
+        elif leaves(self.message.like):
+            due[Kind.SEND] = self.message.bytes
+        return due
 
     def _take(self, link: Link, frame: Frame, life: int) -> None:
         """One message of a peer: once, however often it is sent."""
         header = frame.header
         key = header.worker, header.incarnation
         which = (*key, header.version)
+        form = self.form if header.kind in (Kind.STATE, Kind.HEIR) else self.message
+        message, round = form.unpack(frame.payload), self._round(link, frame)
+        if not finite(message):
+            raise Corrupt(f"{link.name} sent numbers that are not finite, in step {header.step}")
         answer: Message | None = None
         with self.changed:
-            if header.kind == Kind.STATE:  # which may come before the news that it will
-                end = time.monotonic() + self.timeout
-                while life == self.incarnation and self.state is None and self.donor is None and time.monotonic() < end:
-                    self.changed.wait(0.2)
-            if life != self.incarnation or self.closing:
+            end = time.monotonic() + self.timeout
+            while life == self.incarnation and not self._ready(header) and time.monotonic() < end:
+                self.changed.wait(0.2)
+            if life != self.incarnation or (self.closing and header.kind != Kind.HEIR):
                 raise LinkLost("this life is over")
+            if not self._ready(header) or self.alive[header.worker]["life"] != header.incarnation:
+                raise LinkLost(f"life {header.incarnation} of {link.name} is over, or not known")
             number, before = self.taken.get(key, (0, None))
             if header.version <= number:
                 answer = before
             elif header.kind == Kind.STATE:
                 if key != self.donor or self.state is not None:
                     raise LinkLost("a state that nobody waits for")
-                self.state = self.form.unpack(frame.payload), header.step
+                self.state = message, header.step
                 self.deeds.append(["born", which])
             elif header.kind == Kind.HEIR:
+                if self.closing:  # what this one has is on its way to somebody else
+                    link.send(self.head._replace(kind=Kind.REFUSED))
+                    return
                 assert isinstance(self.method, GossipMethod)
-                self.node.state = self.method.inherit(self.node.state, self.form.unpack(frame.payload))
+                self.node.state = self.method.inherit(self.node.state, message)
                 self.deeds.append(["heir", which])
             elif header.kind == Kind.SEND:
-                round = None if frame.note is None else frame.note["round"]
-                self.inbox.append(Entry(which, round, self.message.unpack(frame.payload)))
+                self.inbox.append(Entry(which, round, message))
             else:
                 assert isinstance(self.method, PairGossipMethod)
-                self.node.state, answer = self.method.meet(self.node.state, self.message.unpack(frame.payload))
+                self.node.state, answer = self.method.meet(self.node.state, message)
                 self.deeds.append(["met", which])
             self.taken[key] = max(number, header.version), answer
             self.changed.notify_all()
-        if header.kind == Kind.ASK:
-            assert answer is not None
-            link.send(self.head._replace(kind=Kind.REPLY), self.answer.pack(answer))
-        else:
+        if header.kind != Kind.ASK:
             link.send(self.head._replace(kind=Kind.ANSWER))
+        elif answer is None:
+            raise Corrupt(f"{link.name} asks under the number {header.version}, which another message had")
+        else:
+            link.send(self.head._replace(kind=Kind.REPLY), self.answer.pack(answer))
+
+    def _give(self, link: Link, frame: Frame) -> None:
+        """Give a peer the average that it could not take."""
+        with self.monitor:
+            mean = self.mean
+        if mean is None or not isinstance(frame.note, dict) or frame.note.get("turn") != list(mean.turn):
+            link.send(self.head._replace(kind=Kind.REFUSED))
+            return
+        note = {"name": mean.name, "ranks": mean.ranks}
+        link.send(self.head._replace(kind=Kind.REPLY), Form.of(mean.message).pack(mean.message), note)
+
+    def _round(self, link: Link, frame: Frame) -> int | None:
+        """The round that a message is of, where the method goes in rounds."""
+        if frame.header.kind != Kind.SEND or not self.rounds:
+            return None
+        round = frame.note.get("round") if isinstance(frame.note, dict) else None
+        if type(round) is not int or round < 0:
+            raise Corrupt(f"{link.name} sent a message of round {str(round)[:100]}: rounds are whole numbers from 0 on")
+        return round
+
+    def _ready(self, header: Header) -> bool:
+        """Whether the news that a message may have overtaken is there: of its sender, and of this one's own beginning."""
+        if self.alive.get(header.worker, {}).get("life", -1) < header.incarnation:
+            return False
+        if header.kind == Kind.STATE:
+            return self.state is not None or self.donor is not None
+        return self.born or header.kind == Kind.SEND
 
     # asking
 
@@ -375,30 +457,38 @@ class Peer(Driver):
             raise LinkLost(f"{self.lost}; {what} was waited for")
         self.changed.wait(seconds)
 
-    def _call(self, kind: Kind, note: Any, what: str) -> Any:
-        """The coordinator's answer to a question."""
-        self.link.send(self.head._replace(kind=kind), None, note)
+    def _call(self, kind: Kind, note: dict[str, Any], what: str) -> Any:
+        """The coordinator's answer to a question, with which goes all that there is to tell."""
+        self._tell(kind, note)
         with self.changed:
             while not self.replies:
                 self._wait(what)
             return self.replies.popleft()
 
+    def _tell(self, kind: Kind, note: dict[str, Any]) -> None:
+        """Tell the coordinator something, and what was done since it was last told."""
+        with self.monitor:
+            if self.deeds:
+                note["deeds"], self.deeds = self.deeds, []
+        if self.losses:
+            note |= {"losses": self.losses, "compute": self.computes, "waited": self.waited}
+            note["used"], self.used = 0 if self.team.rank else self.used, 0  # minibatches are the first rank's
+            self.losses, self.computes = [], []
+        self.said = time.monotonic()
+        self.link.send(self.head._replace(kind=kind), None, note)
+
     def _view(self, step: int) -> tuple[int, ...]:
-        """Who takes part in round ``step``."""
+        """Who takes part in round ``step``, which is one of this block."""
         if not self.rounds:
             with self.monitor:
                 there = {name for name, about in self.alive.items() if about["place"] == "in"}
-                members = tuple(sorted({*there, self.head.worker}))
-                if members != self.last_view:
-                    self.last_view = members
-                    self.deeds.append(["view", -1, list(members)])
-            return members
-        if step not in self.views:
-            self.views = {k: v for k, v in self.views.items() if k > step - 100}
-            self.views[step] = tuple(self._call(Kind.VIEW, {"round": step}, f"the members of round {step}")["members"])
-            with self.monitor:
-                self.deeds.append(["view", step, self.views[step]])
-        return self.views[step]
+                self._met(tuple(sorted({*there, self.head.worker})))
+        return self.members
+
+    def _met(self, members: tuple[int, ...]) -> None:
+        if members != self.members:
+            self.members = members
+            self._did("view", -1, list(members))
 
     def _drive(self, request: Request) -> None:
         """Answer requests until a gradient is asked for."""
@@ -436,25 +526,34 @@ class Peer(Driver):
         """Everything is delivered: tell the coordinator, and welcome who begins here."""
         want = max(1, self.since) - len(self.tickets)
         self.since = 0
-        note = {"round": self.node.step, "want": 0 if self.team.rank else max(0, want)}
+        note: Any = {"round": self.node.step, "want": 0 if self.team.rank else max(0, want)}
         note = self._call(Kind.BEGIN, note, "the coordinator's word to go on")
+        if self.rounds:
+            self._met(tuple(note["members"]))
         self.fresh += note["tickets"]
         with self.monitor:
-            newcomers, self.newcomers = self.newcomers + note["welcome"], []
-        for newcomer in newcomers:
+            newcomers, self.newcomers = [*self.newcomers, *note["welcome"]], []
+        for worker, life in newcomers:
             with self.monitor:
+                if self.alive.get(worker, {}).get("life") != life:
+                    continue  # it has gone, and nothing of this one's goes with it
                 self.node.state, state = self.method.welcome(self.node.state)
                 self._did("welcomed", self.numbers + 1)
-            self._exchange(Kind.STATE, newcomer, state, None, self.form)
+            self._exchange(Kind.STATE, worker, state, None, self.form, life)
         if note["show"]:
             self._show()
 
-    def _exchange(self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None) -> Frame | None:
-        """Bring ``msg`` to a peer; its acknowledgement or answer, None where it is dead."""
+    def _exchange(
+        self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None, life: int | None = None
+    ) -> Frame | None:
+        """Bring ``msg`` to a peer in its present ``life``; its acknowledgement or answer, None where that is over."""
         if not finite(msg):
             self._diverged(f"what it would send to worker {to} is not finite")
         self.numbers += 1
-        step, life = self.node.step, None
+        step, late = self.node.step, time.monotonic() + self.timeout
+        due = {Kind.REPLY: self.answer.bytes} if kind == Kind.ASK else {Kind.ANSWER: 0}
+        if kind == Kind.HEIR:
+            due[Kind.REFUSED] = 0
         while True:
             with self.monitor:
                 about = self.alive.get(to)
@@ -468,9 +567,11 @@ class Peer(Driver):
                 link = self._dial(to, about)
                 head = self.head._replace(kind=kind, version=self.numbers, step=step)
                 link.send(head, (form or self.message).pack(msg), note)
-                due = {Kind.REPLY: self.answer.bytes} if kind == Kind.ASK else {Kind.ANSWER: 0}
                 return link.recv(due, f"worker {to}'s answer")
-            except (LinkLost, Corrupt):
+            except (LinkLost, Corrupt, PermissionError) as error:  # who is gone may have left its port to a stranger
+                if time.monotonic() > late:
+                    late = math.inf
+                    self.say(f"{error}; tried again for as long as the coordinator says that worker {to} is there")
                 self._drop(to)
                 with self.changed:
                     self.changed.wait(0.05)
@@ -483,7 +584,10 @@ class Peer(Driver):
         link: Link = dial(about["address"], self.place.token, f"worker {to}", self.timeout)
         try:
             link.send(self.head._replace(kind=Kind.HELLO), None, {"machine": machine()})
-            link = taken(link, link.recv({Kind.WELCOME: 0}, "its welcome").note)
+            welcome = link.recv({Kind.WELCOME: 0}, "its welcome")
+            if welcome.header[2:4] != (to, about["life"]):
+                raise LinkLost(f"somebody else answers at {about['address']}, where worker {to} was")
+            link = taken(link, welcome.note)
         except BaseException:
             link.close()
             raise
@@ -522,49 +626,102 @@ class Peer(Driver):
         return self.team.join(part, self.x0.numel())
 
     def _mean(self, request: AllReduce) -> Message:
-        parts = leaves(request.msg)
         if not finite(request.msg):
             self._diverged("what it would average is not finite")
+        round, members = request.round or 0, request.members
+        self.turn = round, self.turn[1] + 1 if self.turn[0] == round else 0
+        living = tuple((m, self._life(m, round)) for m in members if self._life(m, round))
+        standing = self.groups.get(members)
+        if standing is None or standing.living != living:
+            standing = None
         while True:
-            note = {"round": request.round, "members": list(request.members)}
-            told = self._call(Kind.REDUCE, note, f"the average of round {request.round} with {request.members}")
-            name, ranks = told["group"], tuple(told["ranks"])
-            sums, good = [t.clone() for t in parts], True
-            if len(ranks) > 1:
-                try:
-                    self._sum(sums, name, ranks)
-                except (LinkLost, Corrupt) as error:
-                    self.say(f"an average with workers {ranks} broke ({error}); again")
-                    self.group, good = ("", None), False
-            if self._call(Kind.VOTE, {"good": good}, "the votes on an average")["good"]:
-                self._did("averaged", name, ranks)
-                return rebuild(request.msg, [t / len(ranks) for t in sums])
-            self.group = "", None
+            if standing is None:
+                self.groups.pop(members, None)  # at which those who still rely on it see that it is gone
+                note = {"round": round, "index": self.turn[1], "members": list(members)}
+                told = self._call(Kind.REDUCE, note, f"the average of round {round} with workers {members}")
+                if told["holder"] is not None:
+                    mean = self._fetch(told["holder"], request.msg)
+                    if mean is None:
+                        continue
+                    self.mean = mean
+                    break
+                ranks = tuple(told["ranks"])
+                standing = Standing(told["group"], ranks, tuple((m, self._life(m, round)) for m in ranks))
+            try:
+                self.mean = self._sum(request.msg, standing)
+            except (LinkLost, Corrupt) as error:
+                if self.lost:
+                    raise LinkLost(self.lost) from None
+                self.say(f"an average with workers {standing.ranks} broke ({error}); again")
+                standing = None
+            else:
+                self.groups[members] = standing
+                break
+        assert self.mean is not None
+        self._did("averaged", self.mean.name, self.mean.ranks)
+        return self.mean.message
 
-    def _sum(self, tensors: list[Tensor], name: str, ranks: tuple[int, ...]) -> None:
-        """Sum over the members, in place."""
+    def _life(self, worker: int, round: int) -> int:
+        """The life in which a worker takes part in an average after ``round``; 0 where it does not."""
+        if worker == self.head.worker:
+            return self.head.incarnation
+        about = self.alive.get(worker)
+        there = about is not None and about["place"] == "in" and about["since"] < round
+        return int(about["life"]) if about is not None and there else 0
+
+    def _sum(self, message: Message, standing: Standing) -> Mean:
+        """The mean over the members of a group, which is made at its first average."""
         from .gloo import Group
 
-        if self.group[0] != name:
-            self.group = "", None
-            rank = ranks.index(self.head.worker)
-            group = Group(
+        ranks, name = standing.ranks, standing.name
+        if len(ranks) > 1 and standing.group is None:
+            standing.group = Group(
                 lambda entry: self._call_out(name, entry),
                 lambda: self._called(name, ranks),
-                rank,
+                ranks.index(self.head.worker),
                 len(ranks),
                 self.host,
                 self.timeout,
             )
-            self.group = name, group
-        members = self.group[1]
-        assert members is not None
-        for dtype in dict.fromkeys(t.dtype for t in tensors):  # in one order everywhere, as a set has not
-            same = [t for t in tensors if t.dtype == dtype]
-            flat = torch.cat([t.reshape(-1) for t in same]).cpu()
-            members.sum(flat)
-            for t, part in zip(same, torch.split(flat, [t.numel() for t in same]), strict=True):
-                t.copy_(part.view(t.shape))
+        parts = leaves(message)
+        flats = {
+            dtype: torch.cat([t.reshape(-1) for t in parts if t.dtype == dtype]).cpu()
+            for dtype in dict.fromkeys(t.dtype for t in parts)  # in one order at all members, as a set has not
+        }
+        for flat in flats.values():
+            if standing.group is not None:
+                standing.group.sum(flat)
+                flat /= len(ranks)
+        pieces = {d: iter(torch.split(flat, [t.numel() for t in parts if t.dtype == d])) for d, flat in flats.items()}
+        means = [next(pieces[t.dtype]).view(t.shape).to(t.device) for t in parts]
+        return Mean(f"{name} at {self.turn}", ranks, self.turn, rebuild(message, means))
+
+    def _fetch(self, holder: int, message: Message) -> Mean | None:
+        """The average like ``message`` that a peer has taken; None where that one is gone."""
+        form = Form.of(message)
+        while True:
+            with self.monitor:
+                about = self.alive.get(holder)
+                if self.lost:
+                    raise LinkLost(f"{self.lost}; an average of worker {holder} was waited for")
+            if about is None:
+                return None
+            try:
+                link = self._dial(holder, about)
+                link.send(self.head._replace(kind=Kind.MEAN), None, {"turn": self.turn})
+                frame = link.recv({Kind.REPLY: form.bytes, Kind.REFUSED: 0}, f"worker {holder}'s average")
+            except (LinkLost, Corrupt, PermissionError):
+                self._drop(holder)
+                with self.changed:
+                    self.changed.wait(0.05)
+                continue
+            if frame.header.kind == Kind.REFUSED:
+                raise LinkLost(f"worker {holder} has no average {self.turn} with this one")
+            mean = rebuild(
+                message,
+                [t.to(x.device) for t, x in zip(leaves(form.unpack(frame.payload)), leaves(message), strict=True)],
+            )
+            return Mean(frame.note["name"], tuple(frame.note["ranks"]), self.turn, mean)
 
     def _call_out(self, name: str, entry: tuple[str, bytes]) -> None:
         """Tell the other members of a group where this one listens."""
@@ -580,7 +737,10 @@ class Peer(Driver):
                 for note in self.meets:
                     if note["group"] == name:
                         self.meets.remove(note)
-                        return str(note["key"]), bytes.fromhex(note["value"])
+                        try:
+                            return str(note["key"]), bytes.fromhex(note["value"])
+                        except (KeyError, TypeError, ValueError):
+                            raise Corrupt(f"one of workers {ranks} does not say where it listens") from None
                 gone = [r for r in ranks if r != self.head.worker and self.alive.get(r, {}).get("place") != "in"]
                 if gone:
                     raise LinkLost(f"worker {gone[0]} is gone")
@@ -592,15 +752,17 @@ class Peer(Driver):
 
     def step(self, g: Tensor, loss: float) -> None:
         now = time.perf_counter()
-        compute, used, self._used = now - self._since, self._used, 0
-        said = 0 if self.team.rank else used  # minibatches are the first rank's
-        note = {"losses": [loss], "compute": [compute], "waited": self._waited, "used": said, "deeds": self._told()}
-        self.since += max(1, used)
+        self.waited = self.waited if self.losses else self._waited
+        self.losses.append(loss)
+        self.computes.append(now - self._since)
+        self.since += max(1, self._used)
+        self.used, self._used = self.used + self._used, 0
         if not finite(g):
             self._diverged("its gradient is not finite")
         try:
             with self.team.together():
-                self.link.send(self.head._replace(kind=Kind.STEP, step=self.node.step, gradients=1), None, note)
+                if time.monotonic() - self.said > 1.0:  # in the middle of a long block
+                    self._tell(Kind.STEP, {})
                 with self.monitor:
                     self._did("step", self.node.step)
                     request = self.loop.send(g)
@@ -619,12 +781,6 @@ class Peer(Driver):
         self._hang_up()
         why = f"worker {self.head.worker}, step {step}: {what}; lower the learning rate or lengthen the warm-up"
         raise Diverged(why, Trace(), self.head.worker, step)
-
-    def _told(self) -> list[list[Any]]:
-        """What it has done since it last said so."""
-        with self.monitor:
-            deeds, self.deeds = self.deeds, []
-            return deeds
 
     def more(self) -> list[int]:
         note = {"want": 1, "more": True}
@@ -647,8 +803,8 @@ class Peer(Driver):
         try:
             if done:
                 self._show()
-                self.group = "", None
-                self.link.send(self.head._replace(kind=Kind.LEAVE), None, self._last(done))
+                self.groups = {}
+                self._last(done)
                 with self.changed:
                     while not self.replies:
                         self._wait("the end of the run")
@@ -658,12 +814,10 @@ class Peer(Driver):
                     for entry in self.inbox:
                         give_back(self.node, entry.message)
                     self._did("left", [entry.which for entry in self.inbox], self.numbers + 1)
-            heir = min((name for name, about in self.alive.items() if about["place"] == "in"), default=None)
-            hands_over = isinstance(self.method, GossipMethod) and type(self.method).inherit is not GossipMethod.inherit
-            if not done and heir is not None and hands_over:
-                self._exchange(Kind.HEIR, heir, self.node.state, None, self.form)
+            if not done:
+                self._bequeath()
             self._show()
-            self.link.send(self.head._replace(kind=Kind.LEAVE), None, self._last(done))
+            self._last(done)
         except LinkLost as lost:
             self.say(f"{lost}, while this worker was leaving")
         self._hang_up()
@@ -671,9 +825,27 @@ class Peer(Driver):
         for thread in self.threads:  # one that is inside of torch while Python ends would abort the process
             thread.join(max(0.0, end - time.monotonic()))
 
-    def _last(self, done: bool) -> dict[str, Any]:
-        used, self._used = self._used if done and not self.team.rank else 0, 0
-        return {"done": done, "used": used, "deeds": self._told()}
+    def _bequeath(self) -> None:
+        """Hand over what others need, to the first of them who does not leave as well."""
+        if not isinstance(self.method, GossipMethod) or type(self.method).inherit is GossipMethod.inherit:
+            return
+        asked, number = set[int](), self.numbers
+        while heirs := {name for name, about in self.alive.items() if about["place"] == "in"} - asked:
+            self.numbers = number  # whoever takes it
+            frame = self._exchange(Kind.HEIR, min(heirs), self.node.state, None, self.form)
+            if frame is not None and frame.header.kind == Kind.ANSWER:
+                return
+            asked.add(min(heirs))
+
+    def _last(self, done: bool) -> None:
+        """Say that this one goes, with all that it has done."""
+        if not done:
+            self._used = 0  # somebody else will use what this one has begun
+        note: dict[str, Any] = {"done": done}
+        self.used, self._used = self.used + self._used, 0
+        if not self.losses:
+            note["used"] = 0 if self.team.rank else self.used
+        self._tell(Kind.LEAVE, note)
 
     def _show(self) -> None:
         """Let the coordinator have the model."""
@@ -693,7 +865,7 @@ class Peer(Driver):
             self.incarnation = 0
             self.over.set()
             self.lost = self.lost or "this life is over"
-            self.group = "", None
+            self.groups = {}
             for to in list(self.links):
                 self._drop(to)
             for link in (*self.incoming, *([self.link] if self.link is not None else [])):

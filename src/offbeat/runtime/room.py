@@ -2,8 +2,11 @@
 
 Peers that go in rounds must agree who takes part in each, so a change of membership counts from the first round that
 nobody has asked about yet, and a newcomer begins with the state of the first peer to reach that round. Peers that never
-wait see changes at once, and a newcomer counts once it has a state. An average is taken by those of its members who live,
-and counts when all of them have voted for it: one that a death has broken is taken again without the dead.
+wait see changes at once, and a newcomer counts once it has a state.
+
+Members of an average take it in the process group that they have from the last one, without a word to anybody. Only those
+who cannot, as somebody has come, gone or died in the middle, ask here: they take it together as soon as all who live have
+asked, or get it from one of those who have it already and are past it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from ..core.method import Method
 from ..core.periodic import PeriodicMethod
 from ..core.topology import Members
 
+Turn = tuple[int, int]
+"""An average: its round, and how many of that round came before it."""
+
 
 @dataclass(eq=False)
 class Seat:
@@ -28,6 +34,7 @@ class Seat:
     machine: str
     since: int = 0  # the round in which it came
     step: int = 0  # the round that it has begun
+    turn: Turn = (0, 0)  # averages before this one it has taken, for all that is known
 
     def about(self, place: str) -> dict[str, Any]:
         """What another peer must know to talk to it; ``place`` says whether it is in, coming or done."""
@@ -37,14 +44,14 @@ class Seat:
 
 @dataclass(eq=False)
 class Average:
-    """One attempt at an average."""
+    """An average that some of its members could not take, or not in the group that they had."""
 
     group: str
+    members: Members
+    turn: Turn
     asked: set[int] = field(default_factory=set)
-    missing: set[int] = field(default_factory=set)
-    ranks: tuple[int, ...] = ()  # who takes part, once all have asked
-    votes: dict[int, bool] = field(default_factory=dict)
-    good: bool | None = None
+    ranks: tuple[int, ...] = ()  # who takes it together, once all who live have asked
+    holder: int | None = None  # who has it already
 
 
 class Room:
@@ -56,7 +63,7 @@ class Room:
         self.seats: dict[int, Seat] = {}
         self.coming: dict[int, Seat] = {}  # newcomers, who wait for their round (`since`) or for a state
         self.views = Views(self.rounds)
-        self.averages: dict[tuple[Members, int], Average] = {}
+        self.averages: dict[tuple[Members, Turn], Average] = {}
         self.attempts = 0
 
     def found(self, seats: list[Seat], step: int = 0) -> None:
@@ -90,7 +97,8 @@ class Room:
             self.seats[worker] = seat = self.coming.pop(worker)
             seat.since = step
             self.views.change(0, {worker}, set())
-        self.seats[worker].step = step
+        self.seats[worker].step, self.seats[worker].turn = step, (step + 1, 0)
+        self._settle()
         if not self.rounds:
             return []
         ready = [seat for seat in self.coming.values() if seat.since <= step]
@@ -104,38 +112,32 @@ class Room:
         self.views.change(self.views.asked + 1 if self.rounds else 0, set(), {worker})
         self.coming.pop(worker, None)
         self.seats.pop(worker, None)
-        for average in list(self.averages.values()):
-            average.missing.discard(worker)
-            if worker in average.ranks and worker not in average.votes:
-                average.votes[worker] = False
-            self._settle(average)
+        for average in self.averages.values():
+            average.asked.discard(worker)  # should it come back before the others ask, it has not asked
+        self._settle()
         if self.seats:
             return []
         lost, self.coming = list(self.coming.values()), {}
         return lost
 
-    def reduce(self, worker: int, members: Members, round: int) -> Average:
-        """A peer asks for an average: the attempt that it takes part in, ready when it has ``ranks``."""
-        key = (members, round)
-        average = self.averages.get(key)
-        if average is None or average.good is False:
-            self.attempts += 1
-            there = {m for m in members if m in self.seats and self.seats[m].since < round}
-            average = self.averages[key] = Average(f"{self.attempts}", missing=there)
+    def reduce(self, worker: int, members: Members, turn: Turn) -> Average:
+        """A peer asks for an average: settled, at once or later, when it has ``ranks`` or a ``holder``."""
+        self.seats[worker].turn = turn
+        self.attempts += (members, turn) not in self.averages
+        average = self.averages.setdefault((members, turn), Average(f"{self.attempts}", members, turn))
         average.asked.add(worker)
-        average.missing.discard(worker)
-        self._settle(average)
+        self._settle()
         return average
 
-    def vote(self, worker: int, average: Average, good: bool) -> None:
-        """A peer says whether it has the average."""
-        average.votes[worker] = good
-        self._settle(average)
-
-    def _settle(self, average: Average) -> None:
-        if not average.ranks and not average.missing and average.asked:
-            average.ranks = tuple(sorted(m for m in average.asked if m in self.seats))
-        if average.ranks and average.good is None and all(m in average.votes for m in average.ranks):
-            average.good = all(average.votes[m] for m in average.ranks)
-            if average.good:
-                self.averages = {k: a for k, a in self.averages.items() if a is not average}
+    def _settle(self) -> None:
+        for key, average in list(self.averages.items()):
+            there = {m for m in average.members if m in self.seats and self.seats[m].since < average.turn[0]}
+            past = {m for m in there if self.seats[m].turn > average.turn}
+            if average.asked and there - past <= average.asked:
+                if past:
+                    average.holder = min(past)
+                else:
+                    average.ranks = tuple(sorted(average.asked))
+                del self.averages[key]
+            elif not average.asked:
+                del self.averages[key]
