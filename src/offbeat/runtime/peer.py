@@ -686,7 +686,7 @@ class Peer(Driver):
         parts = leaves(message)
         flats = {
             dtype: torch.cat([t.reshape(-1) for t in parts if t.dtype == dtype]).cpu()
-            for dtype in {t.dtype for t in parts}
+            for dtype in dict.fromkeys(t.dtype for t in parts)  # in one order at all members, as a set has not
         }
         for flat in flats.values():
             if standing.group is not None:
