@@ -103,11 +103,14 @@ def short(cls: type[ob.Method]) -> ob.Method:
     return cls(**{name: value for name, value in {"period": 2, "start": 4}.items() if name in names})
 
 
+@pytest.mark.parametrize("transport", ["shared", "gloo"])
 @pytest.mark.parametrize("workers", [2, 4])
 @pytest.mark.parametrize("cls", ROUNDS, ids=lambda cls: cls.__name__)
-def test_rounds_end_where_the_simulator_ends(cls: type[ob.Method], workers: int, runs: Callable[..., Run]) -> None:
+def test_rounds_end_where_the_simulator_ends(
+    cls: type[ob.Method], workers: int, transport: str, runs: Callable[..., Run]
+) -> None:
     method, gradients = short(cls), 16 * workers
-    run = runs(method, workers, None)
+    run = runs(method, workers, None, transport=transport)
     for i in range(workers):
         run.start(i, some(16, done=True))
     x, trace = run.end()
@@ -189,7 +192,7 @@ def test_peers_come_leave_and_die(cls: type[ob.Method], runs: Callable[..., Run]
     what = [(i.worker, i.what) for i in trace.incidents]
     assert (2, "left") in what
     assert (3, "crashed") in what
-    assert what.count((2, "joined")) == 2
+    assert what.count((2, "joined")) == 2, run.said
     assert (4, "joined") in what
     assert run.host.tickets.done == 300
     assert torch.isfinite(x).all()

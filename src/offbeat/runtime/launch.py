@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+HOPELESS = 3
+"""How often in a row a process may fail soon after its start, by itself, before the launch is given up."""
+
 GRACE = 10.0
 """Seconds that a process has to end when asked to, before it is killed."""
 
@@ -38,11 +41,14 @@ class Supervised:
     due: float = 0.0
     done: bool = False
     told: bool = False
+    born: float = 0.0
+    failures: int = 0  # in a row, each soon after its start
     output: Callable[[IO[bytes]], None] | None = None
 
     def start(self) -> None:
         """Start it, or start it again."""
         self.starts += 1
+        self.born = time.monotonic()
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -71,6 +77,12 @@ class Supervised:
             self.done = True
             return
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        soon = code > 0 and time.monotonic() - self.born < 30
+        self.failures = self.failures + 1 if soon else 0
+        if self.failures == HOPELESS:
+            raise LaunchFailed(
+                f"{self.name} {how} {HOPELESS} times, each soon after its start: {_tail(self.log)} ({self.log})"
+            )
         if self.starts > self.restarts:
             raise LaunchFailed(f"{self.name} {how}, and was started {self.starts} times: its log is {self.log}")
         pause = min(0.25 * 2 ** (self.starts - 1), 10.0)

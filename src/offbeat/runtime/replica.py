@@ -46,7 +46,7 @@ class Replica:
     worker. From then on ``model`` holds the parameters at which the run wants this worker's next gradient.
 
     ``model`` is any module with trainable parameters of one dtype and device; move and cast it before. Its buffers
-    (running statistics) stay this worker's own. ``method`` is a server method; None: the launcher names it. A broken link
+    (running statistics) stay this worker's own. ``method`` may be any; None: the launcher names it. A broken link
     is dialled again for up to ``OFFBEAT_PATIENCE`` seconds. SIGTERM makes the worker finish its step, leave in good order
     and exit.
 
@@ -134,6 +134,11 @@ class Replica:
     def id(self) -> int:
         """The number of this worker in the run."""
         return self.worker.terms.worker
+
+    @property
+    def workers(self) -> int:
+        """How many workers the run was launched with."""
+        return self.worker.terms.workers
 
     def step(self, loss: Tensor | float | None = None) -> None:
         """Hand in the gradients that the parameters have, and go on from the next parameters, with gradients 0.
