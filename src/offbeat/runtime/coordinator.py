@@ -324,7 +324,7 @@ class Coordinator(Host):
             session.mind(well, f"takes {len(losses) if isinstance(losses, list) else 'no'} steps")
             assert session.step is not None
             session.step += len(losses)
-            self._record(session, self.steps.get(session.worker, 0), len(losses), note, 0, {})
+            self._record(session, self.steps.get(session.worker, 0), len(losses), note, _bytes(note), {})
         else:
             self._used(session, note.get("used"))
 
@@ -382,6 +382,12 @@ def _round(note: dict[str, Any]) -> int:
     """The round in a note; -1 where it makes no sense."""
     value = note.get("round")
     return value if type(value) is int else -1
+
+
+def _bytes(note: dict[str, Any]) -> int:
+    """What a peer says that it has sent."""
+    value = note.get("sent")
+    return value if type(value) is int and 0 <= value < 1 << 60 else 0
 
 
 def _members(note: dict[str, Any]) -> tuple[int, ...]:

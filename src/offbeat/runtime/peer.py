@@ -198,7 +198,7 @@ class Peer(Driver):
         self.since = 0  # gradients since the coordinator was last asked to go on
         self.losses: list[float] = []  # of gradients that it has not been told of
         self.computes: list[float] = []
-        self.waited, self.used, self.said = 0.0, 0, time.monotonic()
+        self.waited, self.used, self.sent, self.said = 0.0, 0, 0, time.monotonic()  # sent: bytes of payload
         head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
         host, port = listener.getsockname()[:2]
         about: dict[str, Any] = {
@@ -471,7 +471,8 @@ class Peer(Driver):
             if self.deeds:
                 note["deeds"], self.deeds = self.deeds, []
         if self.losses:
-            note |= {"losses": self.losses, "compute": self.computes, "waited": self.waited}
+            note |= {"losses": self.losses, "compute": self.computes, "waited": self.waited, "sent": self.sent}
+            self.sent = 0
             note["used"], self.used = 0 if self.team.rank else self.used, 0  # minibatches are the first rank's
             self.losses, self.computes = [], []
         self.said = time.monotonic()
@@ -567,6 +568,7 @@ class Peer(Driver):
                 link = self._dial(to, about)
                 head = self.head._replace(kind=kind, version=self.numbers, step=step)
                 link.send(head, (form or self.message).pack(msg), note)
+                self.sent += (form or self.message).bytes
                 return link.recv(due, f"worker {to}'s answer")
             except (LinkLost, Corrupt, PermissionError) as error:  # who is gone may have left its port to a stranger
                 if time.monotonic() > late:
@@ -691,6 +693,7 @@ class Peer(Driver):
         for flat in flats.values():
             if standing.group is not None:
                 standing.group.sum(flat)
+                self.sent += 2 * flat.nbytes * (len(ranks) - 1) // len(ranks)  # as a ring does
                 flat /= len(ranks)
         pieces = {d: iter(torch.split(flat, [t.numel() for t in parts if t.dtype == d])) for d, flat in flats.items()}
         means = [next(pieces[t.dtype]).view(t.shape).to(t.device) for t in parts]
