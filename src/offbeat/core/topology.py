@@ -99,7 +99,7 @@ class Topology(ABC):
         return float(1 - min(1.0, float(torch.linalg.eigvalsh((square + square.T) / 2).clamp(min=0).max())) ** 0.5)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _round(topology: Topology, members: Members, step: int, seed: int) -> Round:
     n = len(members)
     edges = topology.edges(n, step, seed)
@@ -324,7 +324,7 @@ class Graph(_Undirected):
         return {i: tuple(sorted(js)) for i, js in near.items()}
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _induced(graph: Graph, members: Members) -> Round:
     place = {name: k for k, name in enumerate(members)}
     whole = graph.edges(1 + max(members), 0, 0)
