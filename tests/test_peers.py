@@ -243,7 +243,7 @@ class Ledger:
         self.created, self.again = 0.0, 0  # weight that welcomes have made; messages that came more than once
         self.estates: dict[tuple[int, int], float] = {}
         self.sent: dict[tuple[int, int, int], tuple[Kind, float, str]] = {}
-        self.had: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # who has taken a message
+        self.had: dict[tuple[int, int, int], set[tuple[int, int]]] = {}  # who has taken a message
         cls, welcome = type(method), type(method).welcome
         exchange, take, hang_up = Peer._exchange, Peer._take, Peer._hang_up
 
@@ -274,7 +274,7 @@ class Ledger:
                 take(peer, link, frame, life)
             finally:
                 if before < frame.header.version == peer.taken.get(key, (0, None))[0]:
-                    self.had.setdefault((*key, frame.header.version), []).append((peer.head.worker, life))
+                    self.had.setdefault((*key, frame.header.version), set()).add((peer.head.worker, life))
 
         def hangs_up(peer: Any) -> None:
             with peer.monitor:
@@ -306,7 +306,7 @@ class Ledger:
         for life, estate in self.estates.items():
             total += 0.0 if life in heirs else estate
         for which, (kind, weight, end) in self.sent.items():
-            had = self.had.get(which, [])
+            had = self.had.get(which, set())
             assert len(had) <= 1, f"{which} was taken by {had}"
             assert had or end != "came", f"{which} was acknowledged, and nobody has it"
             if kind != Kind.HEIR and end == "back" and had:
