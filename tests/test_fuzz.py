@@ -364,7 +364,7 @@ def test_each_field_of_a_header_is_checked(serve: Serve, field: str) -> None:
     names = {
         "kind": ("is due", "a header with kind"),
         "dtype": ("of dtype", "dtype"),
-        "protocol": ("install the same offbeat at both",),
+        "protocol": ("this end speaks",),
         "worker": ("speaks on the link of life",),
         "incarnation": ("speaks on the link of life",),
         "step": ("due are 1 from step 0 on",),

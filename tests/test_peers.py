@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from crew import until
 from torch import Tensor, nn
 
 import offbeat as ob
@@ -24,10 +26,14 @@ from offbeat.core.topology import Ring
 from offbeat.names import read
 from offbeat.runtime.coordinator import Coordinator, host_for
 from offbeat.runtime.host import Terms
+from offbeat.runtime.link import Frame, Link
+from offbeat.runtime.message import Kind
+from offbeat.runtime.peer import Peer
 from offbeat.runtime.place import Place, first_node
 from offbeat.runtime.replica import enter
 from offbeat.runtime.room import Room, Seat
 from offbeat.runtime.worker import Driver, train
+from offbeat.trace import Deeds
 
 PEERS = [cls for cls in ob.methods.all_methods() if not issubclass(cls, ob.ServerMethod | Local)]
 ROUNDS = [cls for cls in PEERS if not issubclass(cls, PushGossipMethod | PairGossipMethod)]
@@ -74,7 +80,11 @@ class Run:
             thread.join(max(0.1, end - time.monotonic()))
             assert not self.errors, self.errors
             assert not thread.is_alive(), self.said[-5:]
-        return self.host.x(), ob.Trace.read(self.folder / "trace.jsonl")
+        return self.host.x(), self.trace
+
+    @property
+    def trace(self) -> ob.Trace:
+        return ob.Trace.read(self.folder / "trace.jsonl")
 
 
 @pytest.fixture
@@ -169,12 +179,10 @@ def dies(count: int) -> Callable[[Driver], None]:
     return act
 
 
-def late(act: Callable[[Driver], None], seconds: float, run: Run, worker: int) -> None:
-    """``worker`` comes after some time."""
-    timer = threading.Timer(seconds, lambda: run.start(worker, act))
-    timer.daemon = True
-    timer.start()
-    run.threads.append(timer)
+def late(act: Callable[[Driver], None], gradients: int, run: Run, worker: int) -> None:
+    """``worker`` comes once so many gradients are done."""
+    until(lambda: run.errors or run.host.tickets.done >= gradients, f"{gradients} gradients")
+    run.start(worker, act)
 
 
 @pytest.mark.parametrize("cls", PEERS, ids=lambda cls: cls.__name__)
@@ -186,8 +194,8 @@ def test_peers_come_leave_and_die(cls: type[ob.Method], runs: Callable[..., Run]
     run.start(1, stay)
     run.start(2, some(10))
     run.start(3, dies(14))
-    late(stay, 0.3, run, 4)
-    late(stay, 0.5, run, 2)
+    late(stay, 80, run, 4)
+    late(stay, 140, run, 2)
     x, trace = run.end()
     what = [(i.worker, i.what) for i in trace.incidents]
     assert (2, "left") in what
@@ -219,6 +227,135 @@ def test_a_coordinator_starts_again_from_its_snapshot(runs: Callable[..., Run], 
     assert again.tickets.done == 400
     assert PROBLEM.evaluate(x)["loss"] < PROBLEM.evaluate(PROBLEM.x0())["loss"]
     assert any("resumed from" in text for text in run.said)
+
+
+# ---------------------------------------------------------------- what is conserved
+
+
+class Ledger:
+    """Follows the weights of push-sum and of GoSGD through all lives of all peers, while links break.
+
+    What a life has when it ends is its estate: its state, and what had come and was not taken. A message is in one of these,
+    but for those whose sender or receiver died meanwhile: ``limbo`` are those that nobody has, ``twice`` those that came back
+    to their sender and that the dead had as well.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, method: ob.Method, faults: float) -> None:
+        self.lock, self.rng, self.faults = threading.Lock(), Random(5), faults
+        self.peers: set[Peer] = set()
+        self.created, self.again = 0.0, 0  # weight that welcomes have made; messages that came more than once
+        self.estates: dict[tuple[int, int], float] = {}
+        self.sent: dict[tuple[int, int, int], tuple[Kind, float, str]] = {}
+        self.had: dict[tuple[int, int, int], set[tuple[int, int]]] = {}  # who has taken a message
+        cls, welcome = type(method), type(method).welcome
+        exchange, take, hang_up = Peer._exchange, Peer._take, Peer._hang_up
+
+        def welcomes(method: Any, w: Any) -> Any:
+            kept, new = welcome(method, w)
+            with self.lock:
+                self.created += float(kept.weight + new.weight - w.weight)
+            return kept, new
+
+        def exchanges(peer: Any, kind: Kind, to: int, msg: Any, *rest: Any) -> Any:
+            which = peer.head.worker, peer.head.incarnation, peer.numbers + 1
+            weight = float(msg[1])
+            self.sent[which] = kind, weight, "lost"
+            frame = exchange(peer, kind, to, msg, *rest)
+            came = frame is not None and frame.header.kind == Kind.ANSWER
+            self.sent[which] = kind, weight, "came" if came else "back"
+            return frame
+
+        def takes(peer: Any, link: Link, frame: Frame, life: int) -> None:
+            """The acknowledgement is lost now and then."""
+            key = frame.header[2:4]
+            before = peer.taken.get(key, (0, None))[0]
+            with self.lock:
+                self.again += before >= frame.header.version
+                if self.rng.random() < self.faults:
+                    link.hang_up()
+            try:
+                take(peer, link, frame, life)
+            finally:
+                if before < frame.header.version == peer.taken.get(key, (0, None))[0]:
+                    self.had.setdefault((*key, frame.header.version), set()).add((peer.head.worker, life))
+
+        def hangs_up(peer: Any) -> None:
+            with peer.monitor:
+                if peer.incarnation and peer.born:
+                    weights = [peer.node.state.weight, *(entry.message[1] for entry in peer.inbox)]
+                    self.estates[peer.head.worker, peer.incarnation] = float(sum(weights))
+                hang_up(peer)
+
+        monkeypatch.setattr(cls, "welcome", welcomes)
+        monkeypatch.setattr(Peer, "_exchange", exchanges)
+        monkeypatch.setattr(Peer, "_take", takes)
+        monkeypatch.setattr(Peer, "_hang_up", hangs_up)
+
+    def breaks(self, over: threading.Event, lives: int) -> None:
+        """Break links between peers, and ``lives`` times one to the coordinator, until it is over."""
+        while not over.wait(0.004):
+            peer = self.rng.choice(list(self.peers) or [None])
+            if peer is None or not peer.incarnation:
+                continue
+            for link in self.rng.sample([*list(peer.links.values()), *list(peer.incoming)], 1) if peer.links else ():
+                link.hang_up()
+            if lives and self.rng.random() < 0.02:
+                lives -= 1
+                peer.link.hang_up()
+
+    def check(self, founders: int) -> None:
+        total = limbo = twice = 0.0
+        heirs = {which[:2] for which, (kind, _, _) in self.sent.items() if kind == Kind.HEIR and which in self.had}
+        for life, estate in self.estates.items():
+            total += 0.0 if life in heirs else estate
+        for which, (kind, weight, end) in self.sent.items():
+            had = self.had.get(which, set())
+            assert len(had) <= 1, f"{which} was taken by {had}"
+            assert had or end != "came", f"{which} was acknowledged, and nobody has it"
+            if kind != Kind.HEIR and end == "back" and had:
+                twice += weight * (kind == Kind.SEND)
+            elif kind != Kind.HEIR and not had and (end == "lost" or kind == Kind.STATE):
+                limbo += weight
+        assert abs(total + limbo - twice - founders - self.created) < 1e-9, (total, limbo, twice, self.created)
+
+
+@pytest.mark.parametrize("lives", [0, 3], ids=["links break", "lives end, too"])
+@pytest.mark.parametrize("cls", [ob.methods.SGP, ob.methods.OSGP, ob.methods.GoSGD], ids=lambda cls: cls.__name__)
+def test_no_weight_is_lost_or_doubled_among_the_living(
+    cls: type[ob.Method], lives: int, runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers come, leave and die, links break at any moment, acknowledgements are lost: what all have in the end, and what the
+    dead had, is 1 for each founder and what welcomes have made.
+    """
+    method = cls()
+    ledger, over = Ledger(monkeypatch, method, 0.05), threading.Event()
+    run = runs(method, 4, 400)
+
+    def known(act: Callable[[Driver], None]) -> Callable[[Driver], None]:
+        def live(driver: Any) -> None:
+            ledger.peers.add(driver)
+            act(driver)
+
+        return live
+
+    stay = known(lambda driver: train(driver, PROBLEM, ob.Fixed(0.005)))
+    breaker = threading.Thread(target=ledger.breaks, args=(over, lives), daemon=True)
+    try:
+        for worker, act in enumerate((stay, stay, known(some(20)), known(dies(30)))):
+            run.start(worker, act)
+        breaker.start()
+        late(stay, 120, run, 4)
+        late(stay, 200, run, 2)
+        run.end()
+    finally:
+        over.set()
+        breaker.join(10)
+    founders = sum(
+        deed[0] == "begin" for entry in run.trace.entries() if isinstance(entry, Deeds) for deed in entry.deeds
+    )
+    ledger.check(founders)
+    assert ledger.again > 5
+    assert any(end == "came" and kind == Kind.HEIR for kind, _, end in ledger.sent.values())
 
 
 # ---------------------------------------------------------------- the user's own optimizer

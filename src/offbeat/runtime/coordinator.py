@@ -404,7 +404,7 @@ def _address(note: dict[str, Any]) -> str:
     host, _, port = said.rpartition(":")
     try:
         ipaddress.ip_address(host)
-        if 0 < int(port) < 65536:
+        if port.isdecimal() and 0 < int(port) < 65536:
             return f"{host}:{int(port)}"
     except ValueError:
         pass

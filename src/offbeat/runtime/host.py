@@ -444,7 +444,7 @@ class Host(ABC):
             )
         parameters, dtype = note.get("parameters"), DTYPES[header.dtype]
         if not _whole(parameters) or not 1 <= parameters < 1 << 48:
-            raise Refused(f"a model of {str(parameters)[:100]} parameters")
+            raise Refused(f"a model of {str(parameters)[:100]} parameters: it must be a whole number from 1 on")
         if self.parameters and (parameters, dtype) != (self.parameters, self.dtype):
             raise Refused(
                 f"the worker's model has {parameters:,} parameters of {dtype}, the run's has {self.parameters:,} of "

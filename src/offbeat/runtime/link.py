@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .message import NOTE, SIZE, Corrupt, Header, Kind, checksum
+from .message import CURE, NOTE, SIZE, Corrupt, Header, Kind, checksum
 
 GREETING = b"offbeat runtime 1\n"
 NO = bytes(32)
@@ -126,15 +126,17 @@ class Link:
         while True:
             while patient and not self.waiting(self.timeout):
                 pass
-            header = Header.unpack(self._read(SIZE, what))
+            header = self._header(what)
             note = self._note(header)
             if header.kind == Kind.BEAT:
                 continue
             if header.kind not in due:
-                raise Corrupt(f"{self.name} sent {header.kind.name} where {', '.join(k.name for k in due)} is due")
+                raise Corrupt(
+                    f"{self.name} sent {header.kind.name} where {', '.join(k.name for k in due)} is due{CURE}"
+                )
             if header.length != due[header.kind]:
                 raise Corrupt(
-                    f"{self.name} announced {header.length} bytes of {header.kind.name} where {due[header.kind]} are due"
+                    f"{self.name} announced {header.length} bytes of {header.kind.name} where {due[header.kind]} are due{CURE}"
                 )
             payload = self.take(header.length) if header.length else torch.empty(0, dtype=torch.uint8)
             if header.length and checksum(payload) != header.checksum:
@@ -159,9 +161,15 @@ class Link:
     def drain(self) -> None:
         """Take the signs of life that have come; `Corrupt` where it is something else, `LinkLost` where it is the end."""
         while self.waiting(0):
-            header = Header.unpack(self._read(SIZE, "a sign of life"))
+            header = self._header("a sign of life")
             if header.kind != Kind.BEAT:
                 raise Corrupt(f"{self.name} sent {header.kind.name} while it is its turn to listen")
+
+    def _header(self, what: str) -> Header:
+        try:
+            return Header.unpack(self._read(SIZE, what))
+        except Corrupt as corrupt:
+            raise Corrupt(f"{self.name} sent {corrupt}{CURE}") from None
 
     def _note(self, header: Header) -> Any:
         if not header.note:

@@ -22,6 +22,10 @@ class Corrupt(ValueError):
     """A header or a payload that is not what it claims to be, or not what is due here; the message says which part."""
 
 
+CURE = ": if this comes again, install the same offbeat at both ends"
+"""What can be done about what does not fit."""
+
+
 class Kind(IntEnum):
     """What a frame is."""
 
@@ -93,7 +97,7 @@ class Header(NamedTuple):
         if magic != MAGIC or zlib.crc32(head) != crc:
             raise Corrupt("bytes that are no header")
         if protocol != PROTOCOL:
-            raise Corrupt(f"protocol {protocol}, and this end speaks {PROTOCOL}: install the same offbeat at both")
+            raise Corrupt(f"protocol {protocol}, and this end speaks {PROTOCOL}")
         if kind not in Kind.__members__.values() or dtype >= len(DTYPES) or rest[-1] > NOTE:
             raise Corrupt(f"a header with kind {kind}, dtype {dtype} and a note of {rest[-1]} bytes")
         return cls(Kind(kind), dtype, *rest)

@@ -322,19 +322,19 @@ class Peer(Driver):
     def _accept(self, listener: socket.socket, life: int) -> None:
         while life == self.incarnation:
             try:
-                sock, _ = listener.accept()
+                sock, address = listener.accept()
             except OSError:
                 time.sleep(0.05)  # what is refused to one peer, such as too many files, passes
                 continue
-            self._spawn(self._react, sock, life)
+            self._spawn(self._react, sock, f"the peer at {address[0]}:{address[1]}", life)
         listener.close()
 
-    def _react(self, sock: socket.socket, life: int) -> None:
+    def _react(self, sock: socket.socket, name: str, life: int) -> None:
         """Answer one other peer."""
         with contextlib.ExitStack() as links:
             links.callback(sock.close)
             try:
-                link = links.enter_context(contextlib.closing(accept(sock, self.place.token, "a peer", self.timeout)))
+                link = links.enter_context(contextlib.closing(accept(sock, self.place.token, name, self.timeout)))
                 hello = link.recv({Kind.HELLO: 0}, "its hello")
                 link.name = f"worker {hello.header.worker}"
                 other = hello.note.get("machine") if isinstance(hello.note, dict) else None
@@ -361,7 +361,7 @@ class Peer(Driver):
             except LinkLost:
                 pass  # whoever it was comes again, or is dead, which the coordinator says
             except (Corrupt, PermissionError, ValueError) as error:
-                self.say(f"refused: {error}")
+                self.say(f"refused: {error}: no link is made")
 
     def _due(self) -> dict[Kind, int]:
         """What peers may send, and how many bytes each has."""
