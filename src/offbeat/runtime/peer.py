@@ -268,9 +268,10 @@ class Peer(Driver):
 
     def _spawn(self, run: Callable[..., None], *about: Any) -> None:
         """Run in a thread of its own, which ends with this life."""
-        self.threads = [thread for thread in self.threads if thread.is_alive()]
-        self.threads.append(threading.Thread(target=run, args=about, daemon=True))
-        self.threads[-1].start()
+        thread = threading.Thread(target=run, args=about, daemon=True)
+        with self.monitor:  # others may do so as well
+            thread.start()
+            self.threads = [*(t for t in self.threads if t.is_alive()), thread]
 
     def _read(self, link: Link, life: int) -> None:
         """Take what the coordinator sends: news at once, answers for whoever has asked."""
