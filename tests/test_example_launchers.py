@@ -105,6 +105,19 @@ def test_characters_under_diloco(start: Start, tmp_path: Path) -> None:
     assert torch.load(tmp_path / "model.pt", weights_only=True)["token.weight"].shape == (65, 64)
 
 
+@needs_mnist
+@pytest.mark.parametrize("inside", [(), ("--shard",)], ids=["DDP", "FSDP2"])
+def test_workers_of_two_ranks(inside: tuple[str, ...], start: Start, tmp_path: Path) -> None:
+    """Each worker's two ranks keep one model, whether each has it whole or its half; both workers learn."""
+    options = ("--ranks", "2", "examples/groups.py", "--examples", "6400", *inside)
+    for i, text in enumerate(launch(start, tmp_path, *options)):
+        first, second = (numbers(text, f"rank {rank} of worker {i}: accuracy") for rank in range(2))
+        assert first == second
+        assert first[0] > 80
+    traces = [ob.Trace.read(tmp_path / f"shard-{rank}" / "trace.jsonl") for rank in range(2)]
+    assert [len(trace) for trace in traces] == [100, 100], "each minibatch was used once, half of it by each rank"
+
+
 def learned(texts: list[str], out: Path) -> None:
     """Two workers have shared five passes over the digits, and both know most of them."""
     for i, text in enumerate(texts):
