@@ -111,6 +111,20 @@ def test_a_peer_stopped_for_longer_than_the_time_out_joins_anew(kind: str, proce
     sane(trace, kind)
 
 
+def test_who_pushes_waits_for_nobody(processes: Processes) -> None:
+    """A peer is stopped, for far less than the time-out: all others go on meanwhile, and woken it goes on in its life."""
+    run = launched(processes, "pushes", "--timeout", "60", gradients=500, seconds=0.03)
+    run.reaches(20)
+    os.kill(worker := run.pid("worker", "0"), signal.SIGSTOP)
+    asleep = run.counts()
+    until(lambda: all(run.counts()[w] > asleep[w] + 50 for w in (1, 2)), "steps of the others", 30)
+    os.kill(worker, signal.SIGCONT)
+    trace = whole(run, 500)
+    assert [i.what for i in trace.incidents if i.worker == 0] == ["joined", "left"]
+    assert run.counts()[0] > asleep[0] + 1
+    sane(trace, "pushes")
+
+
 @pytest.mark.parametrize("kind", FEW)
 def test_sigterm_at_a_peer(kind: str, processes: Processes) -> None:
     """It delivers, leaves in good order with status 0 and is not started again; the others do the rest."""

@@ -27,7 +27,7 @@ from offbeat.names import read
 from offbeat.runtime.coordinator import Coordinator, host_for
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import Frame, Link
-from offbeat.runtime.message import Kind
+from offbeat.runtime.message import Header, Kind
 from offbeat.runtime.peer import Peer
 from offbeat.runtime.place import Place, first_node
 from offbeat.runtime.replica import enter
@@ -248,7 +248,7 @@ class Ledger:
         self.sent: dict[tuple[int, int, int], tuple[Kind, float, str]] = {}
         self.had: dict[tuple[int, int, int], set[tuple[int, int]]] = {}  # who has taken a message
         cls, welcome = type(method), type(method).welcome
-        exchange, take, hang_up = Peer._exchange, Peer._take, Peer._hang_up
+        bring, take, hang_up = Peer._bring, Peer._take, Peer._hang_up
 
         def welcomes(method: Any, w: Any) -> Any:
             kept, new = welcome(method, w)
@@ -256,11 +256,10 @@ class Ledger:
                 self.created += float(kept.weight + new.weight - w.weight)
             return kept, new
 
-        def exchanges(peer: Any, kind: Kind, to: int, msg: Any, *rest: Any) -> Any:
-            which = peer.head.worker, peer.head.incarnation, peer.numbers + 1
-            weight = float(msg[1])
+        def brings(peer: Any, head: Header, number: int, kind: Kind, to: int, msg: Any, *rest: Any) -> Any:
+            which, weight = (*head[2:4], number), float(msg[1])
             self.sent[which] = kind, weight, "lost"
-            frame = exchange(peer, kind, to, msg, *rest)
+            frame = bring(peer, head, number, kind, to, msg, *rest)
             came = frame is not None and frame.header.kind == Kind.ANSWER
             self.sent[which] = kind, weight, "came" if came else "back"
             return frame
@@ -287,7 +286,7 @@ class Ledger:
                 hang_up(peer)
 
         monkeypatch.setattr(cls, "welcome", welcomes)
-        monkeypatch.setattr(Peer, "_exchange", exchanges)
+        monkeypatch.setattr(Peer, "_bring", brings)
         monkeypatch.setattr(Peer, "_take", takes)
         monkeypatch.setattr(Peer, "_hang_up", hangs_up)
 

@@ -2,7 +2,8 @@
 
 A coordinator knows who is there and which round they are in; models go between peers only. A send is done when the other
 end has acknowledged it; one that is not is sent again under the same number, which the other end takes once, until the
-coordinator says that the receiver is dead: then it comes back. So nothing is lost or doubled among the living.
+coordinator says that the receiver is dead: then it comes back. So nothing is lost or doubled among the living. Who pushes
+does not wait for all that: a thread brings the message, and the next one to the same peer comes back at once meanwhile.
 """
 
 from __future__ import annotations
@@ -188,6 +189,7 @@ class Peer(Driver):
                 tuple[int, int], tuple[int, Message | None]
             ] = {}  # last number of each life, and the answer
             self.numbers = 0
+            self.away: set[int] = set()  # to whom a push is on its way
             self.replies: deque[Any] = deque()
             self.members: tuple[int, ...] = ()  # who takes part in this block
             self.groups: dict[tuple[int, ...], Standing] = {}  # for averages, by their members
@@ -306,6 +308,9 @@ class Peer(Driver):
         """Who is there now, whose state this one gets, and who gets this one's."""
         if "alive" in news:
             self.alive = {about["worker"]: about for about in news["alive"] if about["worker"] != self.worker}
+            for to, link in list(self.links.items()):
+                if self.alive.get(to, {}).get("life") != self.lives.get(to):
+                    link.hang_up()  # nobody waits for an answer of the dead
         if "donor" in news:
             self.donor = tuple(news["donor"])
         self.newcomers += [(worker, life) for worker, life in news.get("welcome", ())]
@@ -496,7 +501,9 @@ class Peer(Driver):
         """Answer requests until a gradient is asked for."""
         while not isinstance(request, Gradient):
             answer: Any
-            if isinstance(request, Send):
+            if isinstance(request, Send) and isinstance(self.method, PushGossipMethod):
+                answer = self._push(request.to, request.msg)
+            elif isinstance(request, Send):
                 answer = self._exchange(Kind.SEND, request.to, request.msg, {"round": request.round}) is not None
                 self._did("sent", self.numbers, answer)
             elif isinstance(request, Ask):
@@ -545,21 +552,67 @@ class Peer(Driver):
         if note["show"]:
             self._show()
 
+    def _push(self, to: int, msg: Message) -> bool:
+        """Bring a push while the loop goes on. False, so that it comes back, where the one before is still on its way."""
+        self._sound(to, msg)
+        with self.monitor:
+            self.numbers += 1
+            free = to not in self.away
+            self._did("sent", self.numbers, free)
+            if free:
+                self.away.add(to)
+                self._spawn(self._carry, self.head, self.numbers, to, msg)
+        return free
+
+    def _carry(self, head: Header, number: int, to: int, msg: Message) -> None:
+        """Bring a push; it comes back where its receiver is dead."""
+        try:
+            came = self._bring(head, number, Kind.SEND, to, msg, None) is not None
+        except LinkLost:
+            return  # this life is over
+        with self.changed:
+            if head is self.head and self.incarnation:
+                if not came:
+                    give_back(self.node, msg)
+                    self._did("kept", [(head.worker, head.incarnation, number)])
+                self.away.discard(to)
+                self.changed.notify_all()
+
     def _exchange(
         self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None, life: int | None = None
     ) -> Frame | None:
         """Bring ``msg`` to a peer in its present ``life``; its acknowledgement or answer, None where that is over."""
+        self._sound(to, msg)
+        with self.changed:
+            while to in self.away:
+                self._wait(f"the end of a push to worker {to}")
+        self.numbers += 1
+        return self._bring(self.head, self.numbers, kind, to, msg, note, form, life)
+
+    def _sound(self, to: int, msg: Message) -> None:
         if not finite(msg):
             self._diverged(f"what it would send to worker {to} is not finite")
-        self.numbers += 1
-        step, late = self.node.step, time.monotonic() + self.timeout
+
+    def _bring(
+        self,
+        head: Header,
+        number: int,
+        kind: Kind,
+        to: int,
+        msg: Message,
+        note: Any,
+        form: Form | None = None,
+        life: int | None = None,
+    ) -> Frame | None:
+        late = time.monotonic() + self.timeout
+        head = head._replace(kind=kind, version=number, step=self.node.step)
         due = {Kind.REPLY: self.answer.bytes} if kind == Kind.ASK else {Kind.ANSWER: 0}
         if kind == Kind.HEIR:
             due[Kind.REFUSED] = 0
         while True:
             with self.monitor:
                 about = self.alive.get(to)
-                if self.lost:
+                if self.lost or head.incarnation != self.incarnation:
                     raise LinkLost(f"{self.lost}; worker {to} was talked to")
             if about is None or (life is not None and about["life"] != life):
                 self._drop(to)
@@ -567,7 +620,6 @@ class Peer(Driver):
             life = about["life"]
             try:
                 link = self._dial(to, about)
-                head = self.head._replace(kind=kind, version=self.numbers, step=step)
                 link.send(head, (form or self.message).pack(msg), note)
                 self.sent += (form or self.message).bytes
                 return link.recv(due, f"worker {to}'s answer")
@@ -805,6 +857,9 @@ class Peer(Driver):
         """Go in good order. One that is done can still be talked to until all are; one that goes before hands over what
         others need of it."""
         try:
+            with self.changed:
+                while self.away:
+                    self._wait("the end of pushes that are on their way")
             if done:
                 self._show()
                 self.groups = {}
