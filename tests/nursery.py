@@ -25,6 +25,11 @@ from typing import Any
 
 STUB = """#!{python} -SE
 import marshal, os, signal, socket, sys
+def tell(number, frame):
+    try:
+        os.kill(child, number)
+    except ProcessLookupError:
+        pass  # it has just ended
 parent = socket.socket(socket.AF_UNIX)
 parent.connect({address!r})
 request = marshal.dumps((sys.argv, dict(os.environ), os.getcwd()))
@@ -32,7 +37,7 @@ socket.send_fds(parent, [len(request).to_bytes(8, "little")], [0, 1, 2])
 parent.sendall(request)
 child = int.from_bytes(parent.recv(8, socket.MSG_WAITALL), "little")
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda n, frame: os.kill(child, n))
+    signal.signal(number, tell)
 said = parent.recv(8, socket.MSG_WAITALL)
 code = int.from_bytes(said, "little", signed=True) if len(said) == 8 else -signal.SIGKILL
 if code < 0:
