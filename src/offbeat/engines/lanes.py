@@ -74,7 +74,7 @@ class Lanes:
         """How many lanes to take where gradients at so many ``points`` are in flight: 1, or as many as there is room for."""
         if not isinstance(self.problem, Batched):
             return 1
-        like = replace(self.problem, seed=0) if is_dataclass(self.problem) else self.problem  # type: ignore[type-var]
+        like = replace(self.problem, seed=0) if is_dataclass(self.problem) else self.problem
         key = repr(like), len(points), torch.get_num_threads()
         if key not in _known:
             _known[key] = self._tried(self.problem, points) if len(points) > 1 else 1

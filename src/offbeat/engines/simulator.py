@@ -625,7 +625,7 @@ class Simulation:
         here = [m for m in members if self._comes(m, round)]
         if not here:
             return
-        mean = average([asked[m] for m in here])
+        mean = asked[here[0]] if self.nothing else average([asked[m] for m in here])
         size = self._size(asked[here[0]])
         done = self.traffic.reduce(here, size)
         for m in here:
