@@ -109,7 +109,8 @@ def _local(method: Local, node: Node) -> Loop:
 def _server(method: ServerMethod, node: Node) -> Loop:
     while True:
         for k in range(method.length(node.state)):
-            yield from _step(method, node, free=k == 0)
+            g = yield Gradient(method.params(node.state), k == 0)
+            node.state = method.local(node.state, g)
             node.step += 1
         reply = yield Ask(SERVER, method.push(node.state))
         node.state = method.pull(node.state, reply)
