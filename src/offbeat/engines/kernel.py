@@ -78,6 +78,8 @@ class Kernel:
         """What a call makes: the results that are no argument, each once."""
         self.place = [next(k for k, other in enumerate(known) if t is other) for t in leaves(self.result)]
         self.size = 0
+        self.reads = 0
+        """Vectors that a call reads, once it is compiled; what is only passed on is not read."""
         self.way: Callable[..., Any] = self.blocked
         self._fused: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | None = None
 
@@ -174,6 +176,9 @@ class Kernel:
         with FakeTensorMode():
             fake = [torch.empty(size if t.dim() else (), dtype=t.dtype, device=t.device) for t in like]
             traced = make_fx(lambda *into: self._made(list(into), self.handler(*rebuild(self.args, list(into)))))(*fake)
+        traced.graph.eliminate_dead_code()
+        used = [bool(n.users) for n in traced.graph.nodes if n.op == "placeholder"]
+        self.reads = sum(u and t.dim() for u, t in zip(used, like, strict=True))
         self._fused, self.size = _program(traced), size
 
 
@@ -182,7 +187,6 @@ def _program(traced: fx.GraphModule) -> Callable[[list[Tensor], list[Tensor]], l
 
     It takes all inputs and the vectors to write to, and gives the new scalars.
     """
-    traced.graph.eliminate_dead_code()
     *nodes, end = traced.graph.nodes
     new: list[fx.Node] = list(end.args[0])
     flat = {n: isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].dim() for n in nodes}
