@@ -122,6 +122,19 @@ def test_one_worker_over_shards_is_one_over_one_server(serve: Serve, cls: type[o
     assert torch.equal(trained(1), trained(2))
 
 
+def test_a_method_that_needs_sums_over_the_model_has_one_server(serve: Serve) -> None:
+    """Servers of a shard each do not talk, so the worker is told at once; one server takes it."""
+    method = ob.methods.GapAware(correction=ob.methods.GlobalGapPenalty())
+    running = shards(serve, method, 2, 20, 1)
+    text = told(lambda: labour([place_of(running, 0)], PROBLEM), Exception)
+    assert "GlobalGapPenalty" in text
+    assert "needs sums over the whole model, and this server has part" in text
+    run = serve(terms(method, 20, workers=1))
+    labour([run.place(0)], PROBLEM)
+    finish(run)
+    assert len(run.trace()) == 20
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_model_may_be_cut_anywhere(serve: Serve, dtype: Any) -> None:
     """Parts that begin in the middle of a machine word travel as well as others."""
