@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -265,3 +266,23 @@ def test_a_simulated_run_has_the_same_bits_in_blocks_and_whole(monkeypatch: pyte
     blocked = Kernel.blocked
     monkeypatch.setattr(Kernel, "blocked", lambda self, *args: blocked(self, *args, block=8))
     agree([runs()], [whole], exactly=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_kernel_that_one_thread_has_warmed_serves_another(threads: int) -> None:
+    """A server compiles beside training: the threads that then serve find it compiled."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        method = ob.DanaZero(0.1 * ob.Warmup(5))
+        served = Visits(method, torch.zeros(D))
+        torch._dynamo.utils.counters.clear()
+        with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+            one.submit(served.serve.warm, D, 1).result()
+            served.serve.way = served.serve.fused
+            found = other.submit(visits, method, served).result()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        agree(found, visits(method, method.serve))
+    finally:
+        torch.set_num_threads(before)
