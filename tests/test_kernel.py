@@ -262,10 +262,13 @@ def test_a_simulated_run_has_the_same_bits_in_blocks_and_whole(monkeypatch: pyte
 
     whole = runs()
     assert all(len(x) > 8 for x in whole)
-    monkeypatch.setattr("offbeat.engines.ensemble.BLOCKS", (0, 0))
     blocked = Kernel.blocked
-    monkeypatch.setattr(Kernel, "blocked", lambda self, *args: blocked(self, *args, block=8))
+    served = []
+    monkeypatch.setattr("offbeat.engines.ensemble.LARGE", 8)
+    monkeypatch.setattr(kernels, "LARGE", 8)
+    monkeypatch.setattr(Kernel, "blocked", lambda self, *args: served.append(1) or blocked(self, *args, block=8))
     agree([runs()], [whole], exactly=True)
+    assert len(served) >= 4 * 60 // 8
 
 
 @needs_compiler

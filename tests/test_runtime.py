@@ -122,7 +122,7 @@ def test_a_server_of_a_large_model_finds_the_fastest_way(
     warmed = (
         "a visit takes"
         if compiler
-        else "visits go in blocks, as no kernel could be compiled (no C++ compiler was found)"
+        else "visits stay uncompiled, as no kernel could be made (no C++ compiler was found)"
     )
     until(lambda: [line for line in run.said if line.startswith(warmed)], "the kernel", 120)
     if compiler:  # whatever the race says of so small a model

@@ -17,7 +17,7 @@ from ..core.members import Views
 from ..core.method import Message, Method, ServerMethod
 from ..core.periodic import PeriodicMethod
 from ..core.protocol import SERVER, Node, Server
-from .kernel import BLOCKS, Visits
+from .kernel import LARGE, Visits
 
 
 class Travel:
@@ -97,8 +97,8 @@ class Centre(Ensemble):
     def __init__(self, method: ServerMethod, x0: Tensor) -> None:
         super().__init__(x0)
         self.server = Server.start(method, x0)
-        if x0.is_cpu and len(x0) > BLOCKS[1]:  # the same bits as eager, and faster
-            self.server.handle = Visits(method, x0).blocked
+        if len(x0) >= LARGE:  # else it would gain nothing
+            self.server.handle = Visits(method, x0).exact
 
     def x(self) -> Tensor:
         return self.server.x()

@@ -28,6 +28,10 @@ from ..core.tree import leaves, rebuild
 BLOCKS = 1 << 15, 1 << 17, 1 << 19
 """Elements of a block; the second where nothing has been measured."""
 
+LARGE = 8_000_000
+"""Parameters from which blocks are faster than eager, whose vectors are then new pages each time. (Measured: even at 2 to 4
+million, three times as fast at 11 million, slower below a million.)"""
+
 PAGE = 1 << 20
 """Bytes from which a vector has pages of its own."""
 
@@ -58,7 +62,7 @@ def vector(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 class Kernel:
     """A pure handler for arguments of one structure, run in one of three ways that give the same to rounding: `eager`,
-    `blocked` and `fused`. A call goes the way that `warm` has found the fastest, in blocks until then.
+    `blocked` and `fused`. A call goes the way that `warm` has found the fastest, and is `exact` until then.
 
     Arguments and results are trees of tensors, each 0-dim or of one length [d]. Results that are no argument are new
     vectors (`vector`) or scalars. 0-dim results of a handler that `adds` are sums over elements.
@@ -80,7 +84,7 @@ class Kernel:
         self.size = 0
         self.reads = 0
         """Vectors that a call reads, once it is compiled; what is only passed on is not read."""
-        self.way: Callable[..., Any] = self.blocked
+        self.way: Callable[..., Any] = self.exact
         self._fused: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -108,6 +112,11 @@ class Kernel:
         scalars = [reduce(operator.add, column) for column in zip(*rows, strict=True)] if self.adds else rows[0]
         return self._answer(inputs, out, scalars)
 
+    def exact(self, *args: Any) -> Any:
+        """Eager, or in blocks where these are faster: by the size, so that two runs have the same bits."""
+        large = any(len(t) >= LARGE and t.is_cpu for t in leaves(args) if t.dim())
+        return self.blocked(*args) if large else self.eager(*args)
+
     def fused(self, *args: Any) -> Any:
         """As one compiled loop; `warm` compiles it, for one length."""
         assert self._fused is not None, "call warm(size) first"
@@ -121,7 +130,7 @@ class Kernel:
     def warm(self, size: int, repeats: int = 3) -> dict[str, float]:
         """Compile for vectors [size], race all ways, and take the fastest: the best seconds of each, eager first.
 
-        Raises whatever a compiler raises; calls go in the fastest blocks then.
+        Raises whatever a compiler raises; calls go the fastest of the other ways then.
         """
         inputs = [vector(size, t.dtype, t.device).fill_(1) if t.dim() else t for t in leaves(self.args)]
         args = rebuild(self.args, inputs)
@@ -263,10 +272,10 @@ class Visits:
         new: tuple[Any, Any, Message] = self.serve(s, own, msg, *(self.sums(s, own, msg) if self.sums else ()))
         return new
 
-    def blocked(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
-        """What ``serve`` gives, to the bit: the same on every machine that has the same number of threads."""
-        sums = self.sums.blocked(s, own, msg) if self.sums else ()
-        new: tuple[Any, Any, Message] = self.serve.blocked(s, own, msg, *sums)
+    def exact(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
+        """What ``serve`` gives, whatever has been compiled or measured: the same bits each time."""
+        sums = self.sums.exact(s, own, msg) if self.sums else ()
+        new: tuple[Any, Any, Message] = self.serve.exact(s, own, msg, *sums)
         return new
 
     def warm(self) -> dict[str, float]:

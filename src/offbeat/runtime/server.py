@@ -169,13 +169,13 @@ class RunServer(Host):
         return new
 
     def _warm(self) -> None:
-        """Find the fastest way to serve a large model, while training goes on in blocks."""
+        """Find the fastest way to serve a large model, while training goes on."""
         if self.parameters < LARGE:
             return
         try:
             seconds = self.visits.warm()
         except Exception as error:  # whatever a compiler may raise: all ways are right, some slower
-            self.say(f"visits go in blocks, as no kernel could be compiled ({str(error).splitlines()[0][:200]})")
+            self.say(f"visits stay uncompiled, as no kernel could be made ({str(error).splitlines()[0][:200]})")
         else:
             took = ", ".join(f"{1e3 * s:.1f} ms {way}" for way, s in seconds.items())
             self.say(f"a visit takes {took}")
