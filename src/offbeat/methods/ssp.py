@@ -78,8 +78,11 @@ class SSP(ServerMethod):
     def leave(self, s: Any, own: Any) -> Any:
         return self.method.leave(s, own)
 
-    def serve(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
-        return self.method.serve(s, own, msg)
+    def sums(self, s: Any, own: Any, msg: Message) -> tuple[Tensor, ...]:
+        return self.method.sums(s, own, msg)
+
+    def serve(self, s: Any, own: Any, msg: Message, *sums: Tensor) -> tuple[Any, Any, Message]:
+        return self.method.serve(s, own, msg, *sums)
 
     def refresh(self, s: Any, own: Any, reply: Message) -> tuple[Any, Message]:
         return self.method.refresh(s, own, reply)

@@ -7,12 +7,13 @@ import struct
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ..core.method import Message
+from ..core.tree import leaves, rebuild
 
 PROTOCOL = 1
 """Both ends must speak the same."""
@@ -101,26 +102,6 @@ class Header(NamedTuple):
         if kind not in Kind.__members__.values() or dtype >= len(DTYPES) or rest[-1] > NOTE:
             raise Corrupt(f"a header with kind {kind}, dtype {dtype} and a note of {rest[-1]} bytes")
         return cls(Kind(kind), dtype, *rest)
-
-
-def leaves(message: Message) -> list[Tensor]:
-    """The tensors of a message or of a state, in order."""
-    if isinstance(message, Tensor):
-        return [message]
-    return [leaf for part in message for leaf in leaves(part)]
-
-
-def rebuild(like: Any, tensors: list[Tensor]) -> Any:
-    """What has the structure of ``like`` and these tensors."""
-    rest = iter(tensors)
-
-    def build(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return next(rest)
-        parts = [build(p) for p in part]
-        return part._make(parts) if hasattr(part, "_make") else tuple(parts)
-
-    return build(like)
 
 
 @dataclass(frozen=True)

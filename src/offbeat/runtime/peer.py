@@ -26,10 +26,11 @@ from ..core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod, Roun
 from ..core.method import Message, Method
 from ..core.periodic import OuterMethod, PeriodicMethod
 from ..core.protocol import AllReduce, Ask, Gradient, Inbox, Loop, Node, Recv, Request, Send, give_back, loop
+from ..core.tree import leaves, rebuild
 from ..failure import Diverged
 from ..trace import Trace
 from .link import Frame, Link, LinkLost, accept, dial, listen, machine
-from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild
+from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .place import Place
 from .team import Team
 from .way import offered, taken

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.method import Message
+from ..core.tree import leaves, rebuild
 from .link import LinkLost
-from .message import Corrupt, leaves, rebuild
+from .message import Corrupt
 from .worker import Exchange, Remote, Terms
 
 T = TypeVar("T")

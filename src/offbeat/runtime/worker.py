@@ -19,13 +19,14 @@ from torch import Tensor
 from ..core.method import Message, Method, ServerMethod
 from ..core.problem import Problem
 from ..core.protocol import Ask, Gradient, Loop, Node, Server, loop
+from ..core.tree import leaves, rebuild
 from ..engines.faults import Fault
 from ..engines.speed import Speed
 from ..failure import Diverged
 from ..trace import Trace
 from .host import OtherKind
 from .link import Frame, Link, LinkLost, dial, machine
-from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild
+from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .place import Place
 from .server import forms
 from .way import taken
