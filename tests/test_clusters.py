@@ -87,7 +87,7 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no seconds per gradient.*record the run again"):
         ob.Cluster.from_trace(ob.Trace({"method": "ASGD()"}))
     old = ob.Trace()
-    old.add(ob.Event(1.0, 0, 0, 0, 0.0, 0.0, 1.0, {}))
+    old.add(ob.Event(1.0, 0, 0, 0, 0.0, 0.0, 1.0))
     with pytest.raises(ValueError, match="no seconds per gradient"):
         ob.Cluster.from_trace(old)
 

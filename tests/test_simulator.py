@@ -676,7 +676,7 @@ def test_a_trace_is_a_sequence(eventful: ob.Trace) -> None:
 def test_figures_that_are_not_always_there_survive_too(tmp_path: Path) -> None:
     trace = ob.Trace({"seed": 1})
     for k, extra in enumerate(({}, {"a": 1.0}, {"b": math.inf}, {"a": 0.1, "b": -0.0})):
-        trace.add(ob.Event(float(k), 0, k, 0, 0.1, 0.2, 1e300, extra))
+        trace.add(ob.Event(float(k), 0, k, 0, 0.1, 0.2, 1e300, extra=extra))
     trace.write(tmp_path / "t")
     back = ob.Trace.read(tmp_path / "t")
     assert back == trace
@@ -688,7 +688,7 @@ def test_figures_keep_the_order_in_which_they_came() -> None:
     """Not that of a set, which is another in every process: the same run is the same file."""
     names = ("figure", "energy", "proxy", "clamped", "weight", "distance", "angle")
     trace = ob.Trace()
-    trace.add(ob.Event(0.0, 0, 0, 0, 0.1, 0.2, 0.3, dict.fromkeys(names, 1.0)))
+    trace.add(ob.Event(0.0, 0, 0, 0, 0.1, 0.2, 0.3, extra=dict.fromkeys(names, 1.0)))
     assert trace.columns[-len(names) :] == names
 
 

@@ -28,11 +28,11 @@ class Event(NamedTuple):
     gap: float  # RMSE between the master's point and the point the gradient was taken at
     normalised_gap: float  # mean over parameters of |master - point| / root-mean-square update of that parameter
     loss: float  # minibatch loss at that point
-    extra: dict[str, float]  # the method's own figures
     compute: float = 0.0  # seconds that the gradient took
     waited: float = 0.0  # seconds for which the worker had waited, since its last gradient, before it began this one
     sent: float = 0.0  # bytes that the worker has sent since its last event
     transit: float = 0.0  # mean seconds from sending to arrival of what has come to the worker since its last event
+    extra: dict[str, float] = {}  # noqa: RUF012 - the method's own figures; nobody writes into it
 
 
 class Incident(NamedTuple):
@@ -63,8 +63,8 @@ class Deeds(NamedTuple):
 
 Note = Incident | Evaluation | Deeds
 
-_COLUMNS = {"seconds": "d", "worker": "q", "step": "q", "lag": "q", "gap": "d", "normalised_gap": "d", "loss": "d"}
-_COLUMNS |= {"compute": "d", "waited": "d", "sent": "d", "transit": "d"}
+_COLUMNS = {name: k for k, name in enumerate(Event._fields[:-1])}
+_WHOLE = ("worker", "step", "lag")  # columns of whole numbers, which a double holds exactly up to 2**53
 
 
 def line(what: Event | Note | dict[str, Any]) -> str:
@@ -84,17 +84,18 @@ class Trace(Sequence[Event]):
     def __init__(self, header: dict[str, Any] | None = None) -> None:
         self.header: dict[str, Any] = header or {}
         self._notes: list[tuple[int, Note]] = []  # and after how many events
-        self._columns = {name: array(code) for name, code in _COLUMNS.items()}
+        self._rows = array("d")  # events one after the other, without their own figures
         self._extra: dict[str, array[float]] = {}
 
     def add(self, event: Event) -> None:
-        for name, column in self._columns.items():
-            column.append(getattr(event, name))
-        for name in event.extra:
-            if name not in self._extra:
-                self._extra[name] = array("d", [math.nan] * (len(self) - 1))
-        for name, figures in self._extra.items():
-            figures.append(event.extra.get(name, math.nan))
+        *row, extra = event
+        self._rows.extend(row)
+        if extra or self._extra:
+            for name in extra:
+                if name not in self._extra:
+                    self._extra[name] = array("d", [math.nan] * (len(self) - 1))
+            for name, figures in self._extra.items():
+                figures.append(extra.get(name, math.nan))
 
     def note(self, note: Note) -> None:
         """Record something that is no gradient."""
@@ -113,17 +114,17 @@ class Trace(Sequence[Event]):
     @property
     def columns(self) -> tuple[str, ...]:
         """The names that `column` knows: the fields of `Event`, and the method's own figures."""
-        return (*self._columns, *self._extra)
+        return (*_COLUMNS, *self._extra)
 
     def column(self, name: str) -> Tensor:
         """One quantity of all events: int64 for worker, step and lag, else float64. [events]"""
         if name not in self.columns:
             raise KeyError(f"the trace has no column {name!r}; it has {', '.join(self.columns)}")
-        data = self._columns[name] if name in self._columns else self._extra[name]
-        return torch.tensor(data, dtype=torch.int64 if data.typecode == "q" else torch.float64)
+        data = self._rows[_COLUMNS[name] :: len(_COLUMNS)] if name in _COLUMNS else self._extra[name]
+        return torch.tensor(data, dtype=torch.float64).to(torch.int64 if name in _WHOLE else torch.float64)
 
     def __len__(self) -> int:
-        return len(self._columns["loss"])
+        return len(self._rows) // len(_COLUMNS)
 
     @overload
     def __getitem__(self, index: int) -> Event: ...
@@ -132,7 +133,9 @@ class Trace(Sequence[Event]):
     def __getitem__(self, index: int | slice) -> Event | list[Event]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        values: dict[str, Any] = {name: column[index] for name, column in self._columns.items()}
+        start = range(len(self))[index] * len(_COLUMNS)
+        values: dict[str, Any] = dict(zip(_COLUMNS, self._rows[start : start + len(_COLUMNS)], strict=True))
+        values |= {name: int(values[name]) for name in _WHOLE}
         return Event(**values, extra={name: column[index] for name, column in self._extra.items()})
 
     def __iter__(self) -> Iterator[Event]:

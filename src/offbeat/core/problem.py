@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -29,4 +30,30 @@ class Problem(Protocol):
 
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """Figures of merit at ``x``, for instance ``{"loss": ..., "accuracy": ...}`` on held-out data."""
+        ...
+
+
+class Point(NamedTuple):
+    """Where a gradient is to be taken, and which: what `Problem.grad` is asked."""
+
+    problem: Problem
+    x: Tensor  # parameters [d]
+    worker: int
+    step: int  # the worker's gradients before this one
+
+
+@runtime_checkable
+class Batched(Problem, Protocol):
+    """A problem that can take several gradients in one call."""
+
+    def kin(self) -> object:
+        """What it shares with the problems that may be in one call with it: all that differ in their seed only."""
+        ...
+
+    def room(self, point: Point) -> int:
+        """How many gradients like the one at ``point`` fit into memory at once, at least 1."""
+        ...
+
+    def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
+        """The gradients ``Tensor[n, d]`` and losses ``Tensor[n]`` at ``points``, each as `grad` gives it, to rounding."""
         ...

@@ -20,6 +20,10 @@ class Clock:
         heapq.heappush(self._heap, (time, priority, self._serial, act, args))
         self._serial += 1
 
+    def busy(self, priority: int) -> bool:
+        """Whether anything of this ``priority`` or a lower one is due at this very time."""
+        return bool(self._heap) and self._heap[0][:2] <= (self.now, priority)
+
     def step(self) -> bool:
         """Let the next thing happen; False when there is nothing left."""
         if not self._heap:

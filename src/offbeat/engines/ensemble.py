@@ -195,8 +195,8 @@ class Peers(Ensemble):
         return {}
 
     def changed(self, node: Node) -> None:
-        old, new = self.models[node.id], self.method.params(node.state)
-        if new is not old:
+        new = self.method.params(node.state)
+        if new is not (old := self.models[node.id]):
             self.models[node.id] = new
             before, after = old.double(), new.double()
             self.total += after - before

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import platform
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .. import __version__
 from ..core.gossip import GossipMethod, PairGossipMethod
 from ..core.method import Local, Message, Method, ServerMethod
 from ..core.periodic import OuterMethod
-from ..core.problem import Problem
+from ..core.problem import Point, Problem
 from ..core.protocol import SERVER, AllReduce, Ask, Gradient, Loop, Node, Recv, Request, Send, give_back, loop
 from ..core.topology import Members
 from ..core.values import refuse
@@ -28,9 +29,11 @@ from ..failure import Deadlock, Diverged, Failure, WorkerLost
 from ..trace import Evaluation, Event, Incident, Trace
 from .clock import Clock
 from .cluster import Cluster, Crash, Join, Leave, Membership
-from .ensemble import Centre, average, ensemble
+from .ensemble import Centre, Peers, average, ensemble
 from .faults import Crashes, Fault
+from .lanes import Lanes, Taken
 from .network import Traffic
+from .still import still
 
 
 @dataclass
@@ -82,6 +85,7 @@ def simulate(
     gradients: int,
     seed: int = 0,
     evaluate_every: int | None = None,
+    lanes: int | None = None,
     watch: Callable[[Event], None] | None = None,
 ) -> Run:
     """Train ``problem`` with ``method`` on a simulated ``cluster`` until ``gradients`` minibatch gradients are taken.
@@ -90,11 +94,15 @@ def simulate(
     for its data and minibatches. Every ``evaluate_every`` gradients the shipped model is evaluated into the trace (None:
     only at the end). ``watch`` is called with every event as it happens, for a progress bar or an early look.
 
+    ``lanes`` is how many gradients of workers in flight are taken in one call, at least 1: they depend on nothing that
+    is still to come. None: as many as the workers and the memory allow where that is measured to be faster, else 1. The
+    results are the same to rounding; the same number, which the trace's header has, gives the same bits.
+
     Raises ``ValueError`` for a bad argument, `Diverged` when a gradient or loss is not finite or not shaped like the
     parameters, `Deadlock` when nodes wait for each other for ever, `WorkerLost` when nobody is left to work; each of
     the last three keeps the trace.
     """
-    return Simulation(method, problem, cluster or Cluster(), gradients, seed, evaluate_every, watch).run()
+    return Simulation(method, problem, cluster or Cluster(), gradients, seed, evaluate_every, lanes, watch).run()
 
 
 def messages(method: Method) -> str:
@@ -104,7 +112,7 @@ def messages(method: Method) -> str:
     return "server" if isinstance(method, ServerMethod) else "gossip" if isinstance(method, GossipMethod) else "reduce"
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class _Worker:
     """A worker in the simulator: its loop and what it is waiting for."""
 
@@ -117,8 +125,12 @@ class _Worker:
     pending: bool = False  # whether it has a gradient that has not taken effect yet
     undelivered: int = 0  # gradients taken whose effect nobody else has
     leaving: bool = False
+    gone: bool = False
     returning: bool = False  # to join again as soon as it has left
     waits: Request | None = None
+    ahead: Taken | None = None  # its present gradient, taken before its time
+    flying: bool = False  # whether it is at one that no fault will cut short
+    due: float = 0.0  # when
     inbox: deque[tuple[int, int | None, Message]] = field(default_factory=deque)
     coming: list[_Letter] = field(default_factory=list)  # one-way messages under way to it
     missed: set[tuple[int, int | None]] = field(default_factory=set)  # lost ones, by sender and round
@@ -140,13 +152,8 @@ class _Letter:
     sent: float
 
 
-@dataclass
-class _Taken:
-    """A gradient that was taken, until its effect is recorded."""
-
-    step: int
-    x: Tensor
-    loss: float
+_Gradient = tuple[int, Tensor, float]
+"""A gradient until its effect is recorded: the worker's step, the point, the loss."""
 
 
 @dataclass
@@ -155,6 +162,37 @@ class _Reduction:
 
     asked: dict[int, Message]
     missing: set[int]
+
+
+def together(simulations: Sequence[Simulation]) -> list[Run | Failure]:
+    """Run all to their end, side by side where they are kin: what each came to, or how it failed."""
+    lanes = Lanes(simulations[0].problem, simulations[0].lanes, sum(s.gradients for s in simulations))
+    came: dict[Simulation, Run | Failure] = {}
+    wants: dict[Simulation, list[_Worker]] = {}
+
+    def go(simulation: Simulation) -> None:
+        try:
+            wants[simulation] = simulation.proceed()
+            if wants[simulation]:
+                return
+            simulation.trace.header["lanes"] = lanes.most or 1
+            came[simulation] = simulation.end()
+        except Failure as failure:
+            came[simulation] = failure
+        wants.pop(simulation, None)
+
+    for simulation in simulations:
+        simulation.begin()
+        go(simulation)
+    while wants:
+        ranks = zip_longest(*([(s, w) for w in workers] for s, workers in wants.items()))
+        flying = [each for rank in ranks for each in rank if each]  # those needed first, first
+        points = [Point(s.problem, w.waits.x, w.node.id, w.steps - 1) for s, w in flying]
+        for (_, worker), taken in zip(flying, lanes(points), strict=False):
+            worker.ahead = taken
+        for simulation in [s for s, workers in wants.items() if workers[0].ahead]:
+            go(simulation)
+    return [came[simulation] for simulation in simulations]
 
 
 class Simulation:
@@ -168,21 +206,28 @@ class Simulation:
         gradients: int,
         seed: int = 0,
         evaluate_every: int | None = None,
+        lanes: int | None = None,
         watch: Callable[[Event], None] | None = None,
     ) -> None:
         if not isinstance(gradients, int) or gradients < 1:
             raise ValueError(f"gradients = {gradients!r}: must be a whole number, at least 1")
         if evaluate_every is not None and evaluate_every < 1:
             raise ValueError(f"evaluate_every = {evaluate_every!r}: must be at least 1, or None")
+        if lanes is not None and (not isinstance(lanes, int) or lanes < 1):
+            raise ValueError(f"lanes = {lanes!r}: must be a whole number, at least 1, or None")
         method.check(cluster.workers)
         gone = cluster.events or [fault for fault in cluster.faults if isinstance(fault, Crashes)]
         if isinstance(method, Local) and gone:
             field = "events" if cluster.events else "faults"
             refuse(cluster, field, gone, f"{method.name!r} sends no messages, so nobody can join or leave it")
-        self.method, self.problem, self.cluster, self.gradients, self.seed = method, problem, cluster, gradients, seed
+        self.problem, self.cluster, self.gradients, self.seed = problem, cluster, gradients, seed
         self.evaluate_every, self.watch = evaluate_every, watch
         self.x0 = problem.x0()
-        self.scale = getattr(problem, "parameters", self.x0.numel()) / self.x0.numel()
+        stands = getattr(problem, "parameters", None)  # for how many of them, where nothing is learnt
+        self.scale = (stands or self.x0.numel()) / self.x0.numel()
+        self.method = still(method, self.x0) if stands else method
+        self.nothing = Taken(torch.zeros_like(self.x0), 0.0) if stands else None
+        self.lanes = lanes
         self.clock = Clock()
         self.slowdowns, self.crashes, self.losses, self.partitions = (
             [getattr(fault, hook) for fault in cluster.faults if getattr(type(fault), hook) is not getattr(Fault, hook)]
@@ -196,7 +241,12 @@ class Simulation:
         self.steps: dict[int, int] = {}
         self.newcomers: dict[int, Node] = {}
         self.reducing: dict[tuple[Members, int | None], _Reduction] = {}
-        self.ensemble = ensemble(method, self.x0, seed)
+        self.ensemble = ensemble(self.method, self.x0, seed)
+        self.peers = self.ensemble if isinstance(self.ensemble, Peers) else None
+        self.instant = self.traffic.free and not self.partitions
+        self.sizes: dict[int, float] = {}
+        self.kept: list[Message] = []  # so that no other takes its place
+        self.wanting = False  # a gradient, before anything else can happen
         self.trace = Trace(
             {
                 "engine": "simulator",
@@ -206,6 +256,7 @@ class Simulation:
                 "gradients": gradients,
                 "seed": seed,
                 "evaluate_every": evaluate_every,
+                "lanes": lanes,
                 "messages": messages(method),
                 "ping": self.traffic.ping(),
                 "parameters": round(self.scale * self.x0.numel()),
@@ -217,14 +268,34 @@ class Simulation:
 
     def run(self) -> Run:
         """Run to the end."""
+        (run,) = together([self])
+        if isinstance(run, Failure):
+            raise run
+        return run
+
+    def begin(self) -> None:
+        """Let the workers come."""
         nodes = [Node(name, self.method) for name in range(self.cluster.workers)]
         self.ensemble.begin(nodes)
         for event in self.cluster.events:
             self.clock.at(event.at, 0, self._member, event)
         for node in nodes:
             self._start(node, node.id)
+
+    def proceed(self) -> list[_Worker]:
+        """Let things happen until a gradient is needed: those in flight that have none yet, the one needed first.
+
+        Empty when nothing happens any more. Raises a `Failure`.
+        """
         while self.clock.step():
-            pass
+            if self.wanting:
+                self.wanting = False
+                wants = [w for w in self.workers.values() if w.flying and w.ahead is None]
+                return sorted(wants, key=lambda w: (w.due, w.node.id))
+        return []
+
+    def end(self) -> Run:
+        """What it came to."""
         if self.granted < self.gradients:
             raise self._stuck()
         self._evaluate()
@@ -247,12 +318,29 @@ class Simulation:
 
     def _transfer(self, source: int, to: int, message: Message, act: Callable[..., None], *args: Any) -> None:
         """Call ``act(*args)`` once ``message`` has come from ``source`` to ``to``."""
-        size = self.cluster.network.size(message, self.scale)
-        if worker := self.workers.get(source):
+        worker = self.workers.get(source)
+        if worker is None and self.instant:
+            act(*args)
+            return
+        size = self._size(message)
+        if worker:
             worker.sent += size
-            if size:
-                self.trace.header.setdefault("message", size)
-        self.traffic.send(source, to, size, act, *args)
+            if size and "message" not in self.trace.header:
+                self.trace.header["message"] = size
+        if self.instant:
+            act(*args)
+        else:
+            self.traffic.send(source, to, size, act, *args)
+
+    def _size(self, message: Message) -> float:
+        """How many bytes ``message`` has."""
+        if self.nothing is None:
+            return self.cluster.network.size(message, self.scale)
+        size = self.sizes.get(id(message))  # a still method's messages are few, and always the same
+        if size is None:
+            self.sizes[id(message)] = size = self.cluster.network.size(message, self.scale)
+            self.kept.append(message)
+        return size
 
     def _healed(self, a: int, b: int, now: float) -> float:
         """When ``a`` and ``b`` can next talk."""
@@ -287,16 +375,17 @@ class Simulation:
                 self.granted -= 1
                 for other in list(self.workers.values()):
                     if isinstance(other.waits, Gradient) and not other.pending:
-                        self._grant(other)
+                        self._grant(other, other.waits)
 
     def _die(self, worker: _Worker, downtime: float) -> None:
         """The worker crashes by a fault, and will be back."""
-        if self.workers.get(worker.node.id) is worker:
+        if not worker.gone:
             self._member(Crash(worker.node.id, self.clock.now))
             self.clock.at(self.clock.now + downtime, 0, self._member, Join(worker.node.id, self.clock.now + downtime))
 
     def _gone(self, worker: _Worker, what: str, lost: int = 0, undone: int = 0) -> None:
         del self.workers[worker.node.id]
+        worker.gone = True
         self.steps[worker.node.id] = worker.steps
         worker.loop.close()
         self.trace.note(Incident(self.clock.now, worker.node.id, what, lost, undone))
@@ -322,52 +411,58 @@ class Simulation:
 
     def _finish(self, worker: _Worker) -> None:
         """A worker's gradient is done: take it, and let the worker go on with it."""
-        if self.workers.get(worker.node.id) is not worker:
+        if worker.gone:
             return  # it crashed meanwhile
-        assert isinstance(worker.waits, Gradient)
-        self._evaluate_due()
-        worker.idle = self.clock.now
-        x, step = worker.waits.x, worker.steps - 1
-        g, loss = self.problem.grad(x, worker.node.id, step)
-        self._check(g, loss, worker.node.id, step)
-        self._advance(worker, g, _Taken(step, x, float(loss)))
+        taken = worker.ahead or self.nothing
+        if taken is None:
+            self.wanting = True
+            self.clock.at(self.clock.now, -1, self._finish, worker)  # next
+            return
+        if self.evaluate_every:
+            self._evaluate_due()
+        worker.idle, worker.ahead, worker.flying = self.clock.now, None, False
+        if taken.wrong:
+            raise self._failed(Diverged, taken.wrong, worker.node.id, worker.steps - 1)
+        self._advance(worker, taken.g, (worker.steps - 1, worker.waits.x, taken.loss))  # type: ignore[union-attr]
 
-    def _advance(self, worker: _Worker, answer: Any, taken: _Taken | None = None) -> None:
+    def _advance(self, worker: _Worker, answer: Any, taken: _Gradient | None = None) -> None:
         """Let the worker's loop run until it waits for something."""
-        if self.workers.get(worker.node.id) is not worker:
+        if worker.gone:
             return None  # it crashed meanwhile
         worker.waits = None
         while True:
             request = worker.loop.send(answer)
-            if taken and not (isinstance(request, Ask) and request.to == SERVER):
+            kind = type(request)
+            if taken and not (kind is Ask and request.to == SERVER):
                 self._record(worker, taken, None)
                 taken = None
-            self.ensemble.changed(worker.node)
+            if self.peers:
+                self.peers.changed(worker.node)
             worker.waits = request
-            if isinstance(request, Gradient):
-                return self._grant(worker)
-            if isinstance(request, Recv):
+            if kind is Gradient:
+                return self._grant(worker, request)
+            if kind is Recv:
                 return self._receive(worker)
-            if isinstance(request, AllReduce):
+            if kind is AllReduce:
                 return self._contribute(worker, request)
-            if isinstance(request, Ask) and request.to == SERVER:
+            if kind is Ask and request.to == SERVER:
                 return self._transfer(worker.node.id, SERVER, request.msg, self._visit, worker, request.msg, taken)
-            if isinstance(request, Ask):
+            if kind is Ask:
                 return self._ask(worker, request)
             worker.waits = None
-            if isinstance(request, Send):
+            if kind is Send:
                 answer = self._send(worker, request)
             else:
                 answer = [(source, message) for source, _, message in worker.inbox]
                 worker.inbox.clear()
 
-    def _grant(self, worker: _Worker) -> None:
-        for newcomer in self.ensemble.arrivals(worker.node):
-            self._start(newcomer, worker.node.id)
-        assert isinstance(worker.waits, Gradient)
-        if worker.waits.free:
+    def _grant(self, worker: _Worker, request: Gradient) -> None:
+        if self.peers:
+            for newcomer in self.peers.arrivals(worker.node):
+                self._start(newcomer, worker.node.id)
+        if request.free:
             worker.undelivered = 0
-        if worker.leaving and worker.waits.free:
+        if worker.leaving and request.free:
             self._gone(worker, "left")
         elif self.granted < self.gradients:
             now, who = self.clock.now, worker.node.id
@@ -379,12 +474,15 @@ class Simulation:
             worker.compute = next(worker.times)
             for slowdown in self.slowdowns:
                 worker.compute *= slowdown(who, now)
-            deaths = (crash(self.seed, who, worker.steps - 1) for crash in self.crashes)
-            if death := next(filter(None, deaths), None):
-                part, downtime = death
-                self.clock.at(now + part * worker.compute, 0, self._die, worker, downtime)
-            else:
-                self.clock.at(now + worker.compute, 2, self._finish, worker)  # after all that it may see
+            if self.crashes:
+                deaths = (crash(self.seed, who, worker.steps - 1) for crash in self.crashes)
+                if death := next(filter(None, deaths), None):
+                    part, downtime = death
+                    self.clock.at(now + part * worker.compute, 0, self._die, worker, downtime)
+                    return
+            worker.flying = True
+            worker.due = now + worker.compute
+            self.clock.at(worker.due, 2, self._finish, worker)  # after all that it may see
 
     def _resume(self, worker: _Worker, answer: Any, sent: float | None = None) -> None:
         """What the worker waited for is there (on its way since ``sent``): it goes on next, at the same time."""
@@ -395,18 +493,23 @@ class Simulation:
 
     # answers that are messages
 
-    def _visit(self, worker: _Worker, msg: Message, taken: _Taken | None) -> None:
+    def _visit(self, worker: _Worker, msg: Message, taken: _Gradient | None) -> None:
         """What the worker has sent is at the server."""
         if not isinstance(self.ensemble, Centre):
             raise TypeError(f"{self.method!r} asks a server, and is no ServerMethod: there is none")
-        if self.workers.get(worker.node.id) is not worker:
+        if worker.gone:
             return  # it crashed meanwhile, and the server takes nothing from the dead
         if taken:
             self._evaluate_due()
             self._record(worker, taken, msg)
         worker.undelivered = 0
-        self._release(self.ensemble.server.visit(worker.node.id, msg))
-        self.ensemble.travel.moved(self.ensemble.mean())
+        replies = self.ensemble.server.visit(worker.node.id, msg)
+        if self.nothing is None:
+            self.ensemble.travel.moved(self.ensemble.mean())
+        if self.instant and len(replies) == 1 and worker.node.id in replies and not self.clock.busy(1):
+            self._advance(worker, replies[worker.node.id])
+        else:
+            self._release(replies)
 
     def _release(self, replies: dict[int, Message]) -> None:
         for node, reply in replies.items():
@@ -423,7 +526,7 @@ class Simulation:
     def _meet(self, worker: _Worker, request: Ask) -> None:
         """A visitor is at the peer that it asks."""
         assert isinstance(self.method, PairGossipMethod)
-        if self.workers.get(worker.node.id) is not worker:
+        if worker.gone:
             return  # the visitor crashed meanwhile
         peer = self.workers.get(request.to)
         if peer is None:
@@ -451,7 +554,7 @@ class Simulation:
         if letter.lost:
             to.missed.add((source, letter.round))
             self.trace.note(Incident(self.clock.now, source, "lost message"))
-        elif self.workers.get(to.node.id) is to:
+        elif not to.gone:
             to.inbox.append((source, letter.round, letter.message))
             to.transits.append(self.clock.now - letter.sent)
         if isinstance(to.waits, Recv) and source in to.waits.sources:
@@ -462,7 +565,7 @@ class Simulation:
         source, to = letter.source.node, letter.to.node
         if letter.lost:
             return
-        if self.workers.get(source.id) is letter.source:
+        if not letter.source.gone:
             give_back(source, letter.message)
             self.ensemble.changed(source)
         elif orderly:
@@ -513,7 +616,7 @@ class Simulation:
         if not here:
             return
         mean = average([asked[m] for m in here])
-        size = self.cluster.network.size(asked[here[0]], self.scale)
+        size = self._size(asked[here[0]])
         done = self.traffic.reduce(here, size)
         for m in here:
             self.workers[m].waits = None
@@ -524,18 +627,22 @@ class Simulation:
 
     # what is recorded
 
-    def _record(self, worker: _Worker, taken: _Taken, push: Message | None) -> None:
+    def _record(self, worker: _Worker, taken: _Gradient, push: Message | None) -> None:
         """The event of a gradient, just before what it brings about (``push`` at the server) changes the model."""
-        model = self.ensemble.mean()
-        gap, normalised = self.ensemble.travel.gaps(model, taken.x)
-        lag = self.ensemble.lag(worker.node) + worker.visits
-        extra = self.ensemble.measure(worker.node, push)
-        transit = sum(worker.transits) / len(worker.transits) if worker.transits else 0.0
+        step, x, loss = taken
+        ensemble, transits = self.ensemble, worker.transits
+        lag = ensemble.lag(worker.node) + worker.visits
+        transit = sum(transits) / len(transits) if transits else 0.0
+        gap, normalised, extra = 0.0, 0.0, {}
+        if self.nothing is None:
+            model = ensemble.mean()
+            gap, normalised = ensemble.travel.gaps(model, x)
+            extra = ensemble.measure(worker.node, push)
+            ensemble.travel.moved(model)
         cost = worker.compute, worker.waited, worker.sent, transit
-        event = Event(self.clock.now, worker.node.id, taken.step, lag, gap, normalised, taken.loss, extra, *cost)
+        event = Event(self.clock.now, worker.node.id, step, lag, gap, normalised, loss, *cost, extra)
         worker.pending, worker.sent, worker.transits = False, 0.0, []
         worker.undelivered += 1
-        self.ensemble.travel.moved(model)
         self.trace.add(event)
         if self.watch:
             self.watch(event)
@@ -557,15 +664,6 @@ class Simulation:
         self.trace.note(Evaluation(self.trace[-1].seconds, len(self.trace), figures))
 
     # failures
-
-    def _check(self, g: Tensor, loss: Tensor, worker: int, step: int) -> None:
-        if not isinstance(g, Tensor) or g.shape != self.x0.shape or g.dtype != self.x0.dtype:
-            shape = f"{tuple(g.shape)} {g.dtype}" if isinstance(g, Tensor) else type(g).__name__
-            wanted = f"{tuple(self.x0.shape)} {self.x0.dtype}"
-            raise self._failed(Diverged, f"the gradient is {shape}, the parameters are {wanted}", worker, step)
-        finite = math.isfinite(float(torch.dot(g, g))) or bool(torch.isfinite(g).all())  # the first is faster
-        if not finite or not math.isfinite(float(loss)):
-            raise self._failed(Diverged, f"gradient or loss is not finite (loss {float(loss)})", worker, step)
 
     def _failed(self, failure: type[Diverged], what: str, worker: int, step: int) -> Failure:
         self.trace.note(Incident(self.clock.now, worker, "diverged"))

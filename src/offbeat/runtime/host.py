@@ -520,10 +520,10 @@ class Host(ABC):
                 session.gap,
                 math.nan,
                 losses[k],
-                extra if last else {},
                 compute[k],
                 _float(note.get("waited")) if k == 0 else 0.0,
                 float(length) if last else 0.0,
+                extra=extra if last else {},
             )
             self._write(line(event))
         self.steps[session.worker] = step + count
