@@ -99,7 +99,7 @@ class Restless(System):
 
 
 @dataclass(frozen=True)
-class Driver(Restless):
+class Driver(System):
     """A script that starts the processes it needs by itself, and measures for all of them."""
 
     ranks: int = 1

@@ -104,7 +104,7 @@ def peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_systems_take_turns_and_failures_are_reported(peers: Path) -> None:
-    listed = [System("good", "good.py"), Driver("anew", "good.py"), System("bad", "bad.py")]
+    listed = [Driver("good", "good.py"), Restless("anew", "good.py"), System("bad", "bad.py")]
     good, anew, bad = in_turn(listed, 2, "steps/s", "group")
     for row in (good, anew):
         assert len(row.values) == 2
