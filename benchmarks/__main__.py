@@ -37,7 +37,7 @@ def main(names: Sequence[str]) -> None:
         if name not in known:
             raise SystemExit(f"{name!r} is no benchmark: choose among {', '.join(known)}")
     OUT.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     for name in names or known:
         question = (known[name].__doc__ or name).splitlines()[0]
         console.print(f"[bold]{name}[/]: {question}")

@@ -141,7 +141,7 @@ class Running:
             self.working += [self._begin(start, str(i)) for i, start in enumerate(self.system.starts(python, port))]
             self._await("ready")
         except BaseException:
-            self.__exit__()
+            self.end(patience=0.0)
             raise
         return self
 
@@ -154,8 +154,11 @@ class Running:
         return statistics.fmean(entry["rate"] for entry in said), said[0]["version"]
 
     def __exit__(self, *error: object) -> None:
-        """End what still runs, politely at first."""
-        limit = time.monotonic() + (0 if any(error) else GRACE)
+        self.end(patience=0.0 if any(error) else GRACE)
+
+    def end(self, patience: float) -> None:
+        """End what does not end by itself within so many seconds, politely at first."""
+        limit = time.monotonic() + patience
         while any(process.poll() is None for process in self.working) and time.monotonic() < limit:
             time.sleep(0.05)
         for process in self.working + self.beside:

@@ -74,7 +74,9 @@ def test_the_page_gets_its_tables_from_the_records_and_keeps_the_rest() -> None:
 
 def test_the_page_of_the_documentation_has_a_place_for_every_question() -> None:
     text = (ROOT / "docs" / "performance.md").read_text("utf-8")
-    assert sorted(BLOCK.findall(text)) == sorted(benchmarks())
+    places = BLOCK.findall(text)
+    assert len(set(places)) == len(places)
+    assert set(benchmarks()) <= set(places)
 
 
 def test_a_ratio_of_what_did_not_run_is_no_number() -> None:
