@@ -165,11 +165,11 @@ class Running:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
         for process in self.working + self.beside:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
+            process.wait()
         self.home.cleanup()
 
     def _begin(self, start: Start, name: str) -> subprocess.Popen[bytes]:
