@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import islice, product
+from itertools import chain, groupby, islice, product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -29,14 +29,15 @@ import torch
 
 from .core.descent import Rule
 from .core.method import Method
-from .core.problem import Problem
+from .core.problem import Batched, Point, Problem
 from .core.schedule import Rate, Warmup
 from .core.values import refuse, require, require_count
 from .engines.cluster import Cluster
 from .engines.faults import Fault
+from .engines.lanes import Lanes
 from .engines.network import Network
 from .engines.replay import replay
-from .engines.simulator import Run, Simulation, simulate
+from .engines.simulator import Run, Simulation, simulate, together
 from .engines.speed import Gamma, Speed
 from .failure import Failure
 from .methods import find
@@ -183,12 +184,28 @@ class Grid:
         """What runs the cells with this many workers."""
         return Cluster(workers, self.speed, network=self.network, faults=self.faults)
 
-    def prepare(self, key: Key) -> Simulation:
-        """The run of a cell, about to start."""
+    def prepare(self, key: Key, task: Problem | None = None, lanes: int | None = 1) -> Simulation:
+        """The run of a cell, about to start; ``task`` is the grid's with the cell's seed, if it is there already."""
         method = warmed(self.lineup[key.label], self.warmup, self.gradients, key.workers)
-        task = cast(Problem, replace(cast(Any, self.task), seed=key.seed))
+        task = task or cast(Problem, replace(cast(Any, self.task), seed=key.seed))
         every = max(1, self.gradients // self.evaluations)
-        return Simulation(method, task, self.cluster(key.workers), self.gradients, key.seed, every)
+        return Simulation(method, task, self.cluster(key.workers), self.gradients, key.seed, every, lanes)
+
+    def lanes(self) -> dict[int, int]:
+        """How many gradients the runs with each number of workers take in one call: what is measured to be faster."""
+        task = cast(Problem, replace(cast(Any, self.task), seed=self.seeds[0]))
+        cells, x = len(self.keys) // len(self.workers), task.x0()
+        with _threads(1):
+            return {
+                n: Lanes(task, None, cells * self.gradients).decide([Point(task, x, k, 0) for k in range(n)])
+                for n in self.workers
+            }
+
+    def batches(self, lanes: dict[int, int]) -> list[list[Key]]:
+        """The cells in the order in which they are run, those together that take their gradients together."""
+        several = [key for key in self.keys if lanes[key.workers] > 1]
+        alike = groupby(several, key=lambda key: (key.label, key.workers))
+        return [list(keys) for _, keys in alike] + [[key] for key in self.keys if lanes[key.workers] == 1]
 
     def header(self) -> dict[str, Any]:
         """What a `Comparison` says about the grid it is of.
@@ -251,20 +268,27 @@ def compare(grid: Grid, *, jobs: int | None = None, watch: Callable[[Cell], None
     jobs = (os.cpu_count() or 1) if jobs is None else jobs
     if not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs = {jobs!r}: must be at least 1, or None for one for each CPU")
-    header, keys, done = grid.header(), grid.keys, {}
-    with closing(_here(grid, keys) if jobs == 1 else _there(grid, keys, jobs)) as cells:
-        for cell in cells:
+    header, lanes, done = grid.header(), grid.lanes(), dict[Key, Cell]()
+    with closing(_here(grid, lanes) if jobs == 1 else _there(grid, lanes, jobs)) as batches:
+        for cell in chain.from_iterable(batches):
             done[cell.key] = cell
             if watch:
                 watch(cell)
-    return Comparison(header, [done[key] for key in keys])
+    return Comparison(header, [done[key] for key in grid.keys])
 
 
-def _cell(grid: Grid, key: Key) -> Cell:
-    try:
-        run = grid.prepare(key).run()
-    except Failure as failure:
-        return Cell(key, {}, type(failure).__name__, str(failure), failure.trace)
+def _cells(grid: Grid, lanes: dict[int, int], keys: list[Key]) -> list[Cell]:
+    """Cells that differ in their seeds only, run side by side."""
+    first = grid.prepare(keys[0], lanes=lanes[keys[0].workers])
+    runs = [first]
+    for key in keys[1:]:
+        runs.append(grid.prepare(key, cast(Batched, first.problem).reseeded(key.seed), first.lanes))
+    return [_cell(key, run) for key, run in zip(keys, together(runs), strict=True)]
+
+
+def _cell(key: Key, run: Run | Failure) -> Cell:
+    if isinstance(run, Failure):
+        return Cell(key, {}, type(run).__name__, str(run), run.trace)
     return Cell(key, run.summary(), "", "", run.trace)
 
 
@@ -279,23 +303,23 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _here(grid: Grid, keys: Sequence[Key]) -> Generator[Cell]:
-    """The cells one after the other, with one thread as in the processes of `_there`."""
+def _here(grid: Grid, lanes: dict[int, int]) -> Generator[list[Cell]]:
+    """The cells one batch after the other, with one thread as in the processes of `_there`."""
     with _threads(1):
-        for key in keys:
-            yield _cell(grid, key)
+        for keys in grid.batches(lanes):
+            yield _cells(grid, lanes, keys)
 
 
-def _there(grid: Grid, keys: Sequence[Key], jobs: int) -> Generator[Cell]:
+def _there(grid: Grid, lanes: dict[int, int], jobs: int) -> Generator[list[Cell]]:
     """The cells as processes of their own get them done. Each has its own pipe, so that a death has a name."""
     context = multiprocessing.get_context("spawn")
-    left = list(reversed(keys))
+    left = grid.batches(lanes)[::-1]
     links = {}
-    busy: dict[Connection, Key] = {}
+    busy: dict[Connection, list[Key]] = {}
     try:
-        for _ in range(min(jobs, len(keys))):
+        for _ in range(min(jobs, len(left))):
             link, far = context.Pipe()
-            links[link] = context.Process(target=_serve, args=(far, grid), daemon=True)
+            links[link] = context.Process(target=_serve, args=(far, grid, lanes), daemon=True)
             with _no_interrupt():
                 links[link].start()
             far.close()
@@ -303,7 +327,7 @@ def _there(grid: Grid, keys: Sequence[Key], jobs: int) -> Generator[Cell]:
             link.send(busy[link])
         while busy:
             for link in cast(list[Connection], wait(list(busy))):
-                key = busy.pop(link)
+                keys = busy.pop(link)
                 try:
                     answer = link.recv()
                     if left:
@@ -313,10 +337,10 @@ def _there(grid: Grid, keys: Sequence[Key], jobs: int) -> Generator[Cell]:
                     links[link].join()
                     what = f"its process died with exit code {links[link].exitcode}"
                     raise CellFailed(
-                        f"the cell {busy.get(link, key)} was lost: {what}; is there memory enough?"
+                        f"the cell {_listed(busy.get(link, keys))} was lost: {what}; is there memory enough?"
                     ) from None
                 if isinstance(answer, str):
-                    raise CellFailed(f"the cell {key} failed:\n{answer}")
+                    raise CellFailed(f"the cell {_listed(keys)} failed:\n{answer}")
                 yield answer
     finally:
         for process in links.values():
@@ -325,17 +349,21 @@ def _there(grid: Grid, keys: Sequence[Key], jobs: int) -> Generator[Cell]:
             process.join()
 
 
-def _serve(link: Connection, grid: Grid) -> None:
+def _listed(keys: list[Key]) -> str:
+    return " and ".join(map(str, keys))
+
+
+def _serve(link: Connection, grid: Grid, lanes: dict[int, int]) -> None:
     """What a process does: cells that it is told, until nobody tells it any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     while True:
         try:
-            key = link.recv()
+            keys = link.recv()
         except EOFError:
             return
         try:
-            answer: Cell | str = _cell(grid, key)
+            answer: list[Cell] | str = _cells(grid, lanes, keys)
         except Exception:
             answer = traceback.format_exc()
         link.send(answer)
@@ -497,7 +525,9 @@ def rerun(trace: Trace, problem: Problem | None = None, watch: Callable[[Event],
     with _threads(header.get("threads", torch.get_num_threads())):
         if engine == "runtime":
             return replay(trace, parts["method"], parts["problem"], watch)
-        settings = {name: header[name] for name in ("gradients", "seed", "evaluate_every")}
+        settings = {name: header[name] for name in ("gradients", "seed", "evaluate_every")} | {
+            "lanes": header.get("lanes", 1)
+        }
         return simulate(parts["method"], parts["problem"], parts["cluster"], **settings, watch=watch)
 
 

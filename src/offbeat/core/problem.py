@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -47,7 +47,11 @@ class Batched(Problem, Protocol):
     """A problem that can take several gradients in one call."""
 
     def kin(self) -> object:
-        """What it shares with the problems that may be in one call with it: all that differ in their seed only."""
+        """What it shares with the problems that may be in one call with it: those `reseeded` from it."""
+        ...
+
+    def reseeded(self, seed: int) -> Self:
+        """The same problem with another seed."""
         ...
 
     def room(self, point: Point) -> int:

@@ -6,6 +6,7 @@ and what a newcomer starts from.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -18,33 +19,50 @@ from ..core.method import Message, Method, ServerMethod
 from ..core.periodic import PeriodicMethod
 from ..core.protocol import SERVER, Node, Server
 
+SAMPLE = 4096
+"""About how many parameters, evenly spaced, the normalised gap is a mean over; of smaller models all."""
+
 
 class Travel:
-    """How far each parameter moves in one update of the model: root of a running mean of squares, bias corrected."""
+    """How far parameters move in one update of the model: root of a running mean of squares, bias corrected."""
 
     decay = 0.99
 
     def __init__(self, x: Tensor) -> None:
-        self.square = torch.zeros_like(x)
+        self.stride = _stride(x.numel())
+        self.root = x.numel() ** 0.5
+        self.last, self.sampled = x, x[:: self.stride]
+        self.least = torch.full_like(self.sampled, torch.finfo(x.dtype).tiny)  # so that 0 / 0 is 0
+        self.square = self.least.clone()
         self.weight = 0.0
-        self.last = x
 
     def gaps(self, x: Tensor, point: Tensor) -> tuple[float, float]:
         """The gap between the model ``x`` and ``point``: RMSE, and mean in units of each parameter's usual update."""
-        difference = x - point
-        rmse = float(difference.norm()) / x.numel() ** 0.5
+        if x is point:
+            return 0.0, 0.0
+        rmse = float(torch.dist(x, point)) / self.root
         if not self.weight or not rmse:
             return rmse, 0.0
-        usual = (self.square / self.weight).sqrt_()
-        return rmse, float(difference.abs_().div_(usual.add_(torch.finfo(x.dtype).tiny)).mean())
+        difference = x[:: self.stride] - point[:: self.stride]
+        usual = difference.mul_(difference).div_(self.square).sqrt_().mean()
+        return rmse, float(usual) * self.weight**0.5
 
     def moved(self, x: Tensor) -> None:
         """The model is now at ``x``."""
         if x is not self.last:
-            step = x - self.last
-            self.square.mul_(self.decay).addcmul_(step, step, value=1 - self.decay)
+            sampled = x[:: self.stride]
+            step = sampled - self.sampled
+            self.square.lerp_(torch.addcmul(self.least, step, step), 1 - self.decay)
             self.weight = self.decay * self.weight + 1 - self.decay
-            self.last = x
+            self.last, self.sampled = x, sampled
+
+
+def _stride(d: int) -> int:
+    """How far sampled parameters are apart: an odd prime, so that they are of all rows and columns of a layer."""
+    stride = max(3, math.ceil(d / SAMPLE))
+    while any(stride % k == 0 for k in range(2, math.isqrt(stride) + 1)):
+        stride += 1
+    return stride if d > SAMPLE else 1
 
 
 class Ensemble(ABC):
@@ -137,8 +155,10 @@ class Peers(Ensemble):
         self.last: Node | None = None  # the last to go, when nobody was left
         self.revived: list[Node] = []  # newcomers that took over then
         self.models: dict[int, Tensor] = {}
+        self.squares: dict[int, float] = {}  # squared lengths of the models, and their sum
+        self.squared = 0.0
         self.total = torch.zeros_like(x0, dtype=torch.float64)
-        self.squares = 0.0
+        self.middle: Tensor | None = None  # their mean, once it has been asked for
 
     def x(self) -> Tensor:
         nodes = self.nodes.values() or [n for n in (self.last,) if n]
@@ -181,9 +201,7 @@ class Peers(Ensemble):
         self.waiting = [(start, new) for start, new in self.waiting if new.id != node.id]
         if node.id in self.nodes:
             del self.nodes[node.id]
-            x = self.models.pop(node.id)
-            self.total -= x
-            self.squares -= float(x.double().dot(x.double()))
+            self._count(node, None)
             if not self.nodes:
                 self.last = node
                 self.revived = [new for _, new in self.waiting]
@@ -196,20 +214,38 @@ class Peers(Ensemble):
 
     def changed(self, node: Node) -> None:
         new = self.method.params(node.state)
-        if new is not (old := self.models[node.id]):
-            self.models[node.id] = new
-            before, after = old.double(), new.double()
-            self.total += after - before
-            self.squares += float(after.dot(after) - before.dot(before))
+        if new is not self.models[node.id]:
+            self._count(node, new)
 
     def measure(self, node: Node, push: Message | None) -> dict[str, float]:
         """``consensus``: the RMSE of the peers' parameters to their mean."""
-        n, mean = len(self.nodes), self.total / len(self.nodes)
-        return {"consensus": max(0.0, (self.squares / n - float(mean.dot(mean))) / mean.numel()) ** 0.5}
+        mean = self._middle()
+        variance = self.squared / len(self.nodes) - float(mean.dot(mean))
+        return {"consensus": max(0.0, variance / mean.numel()) ** 0.5}
 
     def mean(self) -> Tensor:
-        """The mean of the peers' models, kept up to date at the cost of one vector per change. [d]"""
-        return (self.total / len(self.nodes)).to(self.x0.dtype)
+        """The mean of the peers' models, kept up to date at the cost of a few vectors per change. [d]"""
+        return self._middle().to(self.x0.dtype)
+
+    def _middle(self) -> Tensor:
+        """The same in double precision. [d]"""
+        if self.middle is None:
+            self.middle = self.total / len(self.nodes)
+        return self.middle
+
+    def _count(self, node: Node, x: Tensor | None) -> None:
+        """The node's model is ``x`` now; None: it is none of ours any more."""
+        old = self.models.pop(node.id, None)
+        self.middle = None
+        if old is not None:
+            self.total -= old
+            self.squared -= self.squares.pop(node.id)
+        if x is not None:
+            self.models[node.id] = x
+            self.total += x
+            wide = x.double()
+            self.squares[node.id] = square = float(wide.dot(wide))
+            self.squared += square
 
     def _join(self, node: Node, donor: Node) -> None:
         donor.state, state = self.method.welcome(donor.state)
@@ -230,9 +266,7 @@ class Peers(Ensemble):
         node.view, node.seed, node.state = self.views.at, self.seed, state
         node.step = node.since = step
         self.nodes[node.id] = node
-        x = self.models[node.id] = self.method.params(state)
-        self.total += x
-        self.squares += float(x.double().dot(x.double()))
+        self._count(node, self.method.params(state))
 
 
 def ensemble(method: Method, x0: Tensor, seed: int) -> Ensemble:

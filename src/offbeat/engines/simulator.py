@@ -6,7 +6,6 @@ that takes time; the engine answers and never knows which method it runs. The sa
 
 from __future__ import annotations
 
-import math
 import platform
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from .. import __version__
 from ..core.gossip import GossipMethod, PairGossipMethod
 from ..core.method import Local, Message, Method, ServerMethod
 from ..core.periodic import OuterMethod
-from ..core.problem import Point, Problem
+from ..core.problem import Batched, Point, Problem
 from ..core.protocol import SERVER, AllReduce, Ask, Gradient, Loop, Node, Recv, Request, Send, give_back, loop
 from ..core.topology import Members
 from ..core.values import refuse
@@ -119,6 +118,7 @@ class _Worker:
     node: Node
     loop: Loop
     times: Iterator[float]
+    x: Tensor  # where it takes its present gradient
     idle: float  # since when it has had no gradient to compute
     steps: int = 0  # gradients started
     visits: int = 0  # by others, since its gradient was started
@@ -165,7 +165,17 @@ class _Reduction:
 
 
 def together(simulations: Sequence[Simulation]) -> list[Run | Failure]:
-    """Run all to their end, side by side where they are kin: what each came to, or how it failed."""
+    """Run all to their end, side by side where their problems are kin: what each came to, or how it failed."""
+    came: dict[Simulation, Run | Failure] = {}
+    kin: dict[int, list[Simulation]] = {}
+    for s in simulations:
+        kin.setdefault(id(s.problem.kin() if isinstance(s.problem, Batched) else s), []).append(s)
+    for alike in kin.values():
+        came |= _side_by_side(alike)
+    return [came[simulation] for simulation in simulations]
+
+
+def _side_by_side(simulations: list[Simulation]) -> dict[Simulation, Run | Failure]:
     lanes = Lanes(simulations[0].problem, simulations[0].lanes, sum(s.gradients for s in simulations))
     came: dict[Simulation, Run | Failure] = {}
     wants: dict[Simulation, list[_Worker]] = {}
@@ -187,12 +197,12 @@ def together(simulations: Sequence[Simulation]) -> list[Run | Failure]:
     while wants:
         ranks = zip_longest(*([(s, w) for w in workers] for s, workers in wants.items()))
         flying = [each for rank in ranks for each in rank if each]  # those needed first, first
-        points = [Point(s.problem, w.waits.x, w.node.id, w.steps - 1) for s, w in flying]
+        points = [Point(s.problem, w.x, w.node.id, w.steps - 1) for s, w in flying]
         for (_, worker), taken in zip(flying, lanes(points), strict=False):
             worker.ahead = taken
         for simulation in [s for s, workers in wants.items() if workers[0].ahead]:
             go(simulation)
-    return [came[simulation] for simulation in simulations]
+    return came
 
 
 class Simulation:
@@ -309,7 +319,7 @@ class Simulation:
         if node.id not in self.streams:
             self.streams[node.id] = self.cluster.speed.stream(self.seed, node.id)
         times, steps = self.streams[node.id], self.steps.get(node.id, 0)
-        worker = _Worker(node, loop(self.method, node), times, self.clock.now, steps)
+        worker = _Worker(node, loop(self.method, node), times, self.x0, self.clock.now, steps)
         self.workers[node.id] = worker
         if source == node.id:
             self._resume(worker, None)
@@ -423,7 +433,7 @@ class Simulation:
         worker.idle, worker.ahead, worker.flying = self.clock.now, None, False
         if taken.wrong:
             raise self._failed(Diverged, taken.wrong, worker.node.id, worker.steps - 1)
-        self._advance(worker, taken.g, (worker.steps - 1, worker.waits.x, taken.loss))  # type: ignore[union-attr]
+        self._advance(worker, taken.g, (worker.steps - 1, worker.x, taken.loss))
 
     def _advance(self, worker: _Worker, answer: Any, taken: _Gradient | None = None) -> None:
         """Let the worker's loop run until it waits for something."""
@@ -432,25 +442,24 @@ class Simulation:
         worker.waits = None
         while True:
             request = worker.loop.send(answer)
-            kind = type(request)
-            if taken and not (kind is Ask and request.to == SERVER):
+            if taken and not (isinstance(request, Ask) and request.to == SERVER):
                 self._record(worker, taken, None)
                 taken = None
             if self.peers:
                 self.peers.changed(worker.node)
             worker.waits = request
-            if kind is Gradient:
+            if isinstance(request, Gradient):
                 return self._grant(worker, request)
-            if kind is Recv:
+            if isinstance(request, Recv):
                 return self._receive(worker)
-            if kind is AllReduce:
+            if isinstance(request, AllReduce):
                 return self._contribute(worker, request)
-            if kind is Ask and request.to == SERVER:
+            if isinstance(request, Ask) and request.to == SERVER:
                 return self._transfer(worker.node.id, SERVER, request.msg, self._visit, worker, request.msg, taken)
-            if kind is Ask:
+            if isinstance(request, Ask):
                 return self._ask(worker, request)
             worker.waits = None
-            if kind is Send:
+            if isinstance(request, Send):
                 answer = self._send(worker, request)
             else:
                 answer = [(source, message) for source, _, message in worker.inbox]
@@ -468,6 +477,7 @@ class Simulation:
             now, who = self.clock.now, worker.node.id
             self.granted += 1
             worker.steps += 1
+            worker.x = request.x
             worker.pending = True
             worker.visits = 0
             worker.waited = now - worker.idle
@@ -615,7 +625,7 @@ class Simulation:
         here = [m for m in members if self._comes(m, round)]
         if not here:
             return
-        mean = average([asked[m] for m in here])
+        mean = asked[here[0]] if self.nothing else average([asked[m] for m in here])
         size = self._size(asked[here[0]])
         done = self.traffic.reduce(here, size)
         for m in here:

@@ -18,9 +18,8 @@ from ..core.periodic import OuterMethod, PeriodicMethod
 
 def still(method: Method, x0: Tensor) -> Method:
     """``method`` without its arithmetic, for a run at ``x0`` [d]; itself where the arithmetic decides who waits."""
-    kind = type(method)
     if isinstance(method, ServerMethod):
-        if method.gated or kind.length is not ServerMethod.length:
+        if method.gated or type(method).length is not ServerMethod.length:
             return method
         state, own, reply = method.admit(method.init_server(x0))
         w = method.local(method.init(reply), x0 * 0)

@@ -65,6 +65,18 @@ class Flat:
         """The gradients, the caller's own: call it after ``backward()``. [d]"""
         return self.gather().clone()
 
+    def take_gradient(self) -> Tensor:
+        """The gradients, the caller's own: the parameters have none afterwards, so that nothing need be added up. [d]
+
+        Call it after ``backward()``, before and after which no parameter has one.
+        """
+        parts = []
+        for _, p, data, _ in self._parts:
+            g = torch.zeros_like(data) if p.grad is None else p.grad.detach()
+            parts.append((g if g.layout is torch.strided else g.to_dense()).reshape(-1))
+            p.grad = None
+        return torch.cat(parts)
+
     def put_gradient(self, g: Tensor) -> None:
         """Make ``g`` [d] the gradients of the parameters."""
         self.gather()

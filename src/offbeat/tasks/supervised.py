@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias, cast
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from ..core.problem import Point
 from ..core.seeds import derive
 from ..core.values import refuse, require
 from .data import Where
@@ -28,6 +34,8 @@ STATISTICS = 20
 """Training batches from which an evaluation recomputes the statistics of batch normalisation."""
 HELD = 2 << 30
 """Bytes up to which a data set is kept in memory as tensors."""
+ROOM = 1 << 30
+"""Bytes that gradients taken in one call may need."""
 
 # What a seed is for: the first part of every derived seed, so that no two uses share random numbers.
 _INIT, _ORDER, _DRAW, _AUGMENT, _EVALUATE, _SAMPLE = range(6)
@@ -58,6 +66,9 @@ class Supervised:
     Batch normalisation: gradients use the statistics of their minibatch only. An evaluation first recomputes the
     running statistics at the evaluated point, as the plain average over a fixed sample of 20 training batches (fewer if
     the set is smaller), without dropout or augmentation, and then uses these.
+
+    Gradients of several workers can be taken in one call (`grads`), each with parameters, minibatch, batch statistics and
+    random numbers of its own.
 
     One call at a time per process: concurrent calls wait for each other. A problem pickles if its parts do (a lambda
     does not); what it builds on first use is not pickled. For a GPU, ``model`` draws the weights on the CPU and moves
@@ -116,7 +127,7 @@ class Supervised:
 
     def x0(self) -> Tensor:
         """The initial parameters, ``Tensor[d]`` of type ``dtype``: a new tensor, the same values at every call."""
-        return self._live.start.clone()
+        return self._start.clone()
 
     def grad(self, x: Tensor, worker: int, step: int) -> tuple[Tensor, Tensor]:
         """The gradient ``Tensor[d]`` and the loss ``Tensor[]`` of this worker's ``step``-th minibatch at ``x``.
@@ -126,11 +137,49 @@ class Supervised:
         live = self._live
         with _ALONE, _Seeded(live.generators, derive(_DRAW, self.seed, worker, step)), torch.enable_grad():
             live.load(x)
-            live.flat.grad.zero_()
-            inputs, targets = live.minibatch(worker, step)
+            inputs, targets = live.minibatch(self.seed, worker, step)
             loss = self.loss(live.module(inputs), targets)
             loss.backward()  # type: ignore[no-untyped-call]
-            return live.flat.gather().clone(), loss.detach()
+            return live.flat.take_gradient(), loss.detach()
+
+    def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
+        """The gradients ``Tensor[n, d]`` and losses ``Tensor[n]`` at n points in one call: `grad` of each, to rounding.
+
+        The problems of ``points`` are kin of this one. Raises ``RuntimeError`` for a module that does what cannot be done
+        for several at once, such as to branch on a value.
+        """
+        live = self._live
+        with _ALONE, torch.enable_grad():
+            return live.grads(points)
+
+    def kin(self) -> object:
+        """What it shares with its kin: problems that are `reseeded` from one another."""
+        return self._live
+
+    def room(self, point: Point) -> int:
+        """How many gradients like the one at ``point`` fit into a GiB at once, at least 1; takes one to find out."""
+        live, held = self._live, dict[int, int]()
+
+        def weigh(t: Tensor) -> Tensor:
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with _ALONE, saved_tensors_hooks(weigh, lambda t: t):
+            self.grad(point.x, point.worker, point.step)
+        data = live.flat.data
+        return max(1, ROOM // (sum(held.values()) + 4 * data.numel() * data.element_size()))
+
+    def reseeded(self, seed: int) -> Self:
+        """The same problem with another seed; it shares module and data with this one, where seeds make neither."""
+        other = replace(self, seed=seed)
+        live, start = self._live, None
+        with _ALONE:
+            module = _built(other)
+            same = live.constant(module)
+            start = Flat(module).data
+        if same:
+            other.__dict__.update(_live=live, _start=start)
+        return other
 
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """``{"loss": ..., "accuracy": ...}`` (or your ``metrics``) at ``x``: means over the whole test set.
@@ -142,7 +191,7 @@ class Supervised:
             live.load(x)
             live.module.eval()
             try:
-                live.measure_statistics()
+                live.measure_statistics(self.seed)
                 means = self._measure(live)
                 return means if self.finish is None else self.finish(live.module, means)
             finally:
@@ -152,12 +201,16 @@ class Supervised:
         """``(inputs, targets)``, each ``Tensor[batch, ...]``, as ``grad(x, worker, step)`` sees them."""
         live = self._live
         with _ALONE, _Seeded(live.generators, derive(_DRAW, self.seed, worker, step)):
-            return live.minibatch(worker, step)
+            return live.minibatch(self.seed, worker, step)
 
     @cached_property
     def _live(self) -> _Live:
         with _ALONE:
             return _Live(self)
+
+    @cached_property
+    def _start(self) -> Tensor:
+        return self._live.start
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -166,7 +219,7 @@ class Supervised:
         sums: dict[str, float] = {}
         size, chunk = len(live.test), self.chunk or CHUNK
         for start in range(0, size, chunk):
-            index = torch.arange(start, min(start + chunk, size), dtype=torch.int32, device=live.start.device)
+            index = torch.arange(start, min(start + chunk, size), dtype=torch.int32, device=live.device)
             inputs, targets = live.test.take(index)
             outputs = live.module(inputs)
             metrics = self.metrics if self.metrics is not None else _usual(outputs, targets)
@@ -189,27 +242,41 @@ class Supervised:
         return size
 
 
+def _built(problem: Supervised) -> nn.Module:
+    """The module with the initial weights of the problem's seed."""
+    with _Seeded((torch.default_generator,), derive(_INIT, problem.seed)):
+        return problem.model().to(problem.dtype).train()
+
+
 class _Live:
     """What a problem builds on first use, once per process: the module, its vector, the data, the orders in use."""
 
     def __init__(self, problem: Supervised) -> None:
         self.problem = problem
-        with _Seeded((torch.default_generator,), derive(_INIT, problem.seed)):
-            self.module = problem.model().to(problem.dtype)
-            self.module.train()
-            self.flat = Flat(self.module)
-            device = self.flat.data.device
-            self.train = _examples(problem, "train", device)
-            self.test = _examples(problem, "test", device)
+        self.module = _built(problem)
+        self.flat = Flat(self.module)
         self.start = self.flat.data.clone()
-        self.generators = _generators(device)
-        self.own = Generator(device)
+        self.device = self.flat.data.device
+        self.train = _examples(problem, "train", self.device)
+        self.test = _examples(problem, "test", self.device)
+        self.generators = _generators(self.device)
+        self.own = Generator(self.device)
+        self.draws = isinstance(self.train, _Items)  # whether a gradient draws random numbers, as far as is known
         # Those that the module itself keeps in evaluation mode (frozen statistics) are not ours to recompute.
         modules = self.module.modules()
         self.norms = [m for m in modules if isinstance(m, _NormBase) and m.track_running_stats and m.training]
         modules = self.module.modules()
         self.buffers = [(m, n, b, b.clone()) for m in modules for n, b in m.named_buffers(recurse=False)]
-        self.orders: dict[int, tuple[int, tuple[Tensor, ...]]] = {}
+        self.built = {name: b.clone() for name, b in self.module.named_buffers()}
+        self.orders: dict[tuple[int, int], tuple[int, tuple[Tensor, ...]]] = {}
+
+    def constant(self, module: nn.Module) -> bool:
+        """Whether ``module`` differs from ours in nothing but its trainable parameters."""
+        ours = dict(self.module.named_parameters())
+        frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        return all(torch.equal(p, ours[name]) for name, p in frozen.items()) and all(
+            torch.equal(b, self.built[name]) for name, b in module.named_buffers()
+        )
 
     def load(self, x: Tensor) -> None:
         """Put the module at ``x``, with the buffers it was built with."""
@@ -218,30 +285,73 @@ class _Live:
             setattr(module, name, buffer)  # a forward pass may have put another tensor in its place
             buffer.copy_(built)
 
-    def minibatch(self, worker: int, step: int) -> Pair:
-        problem = self.problem
-        turn, place = divmod(step, len(self.train) // problem.batch)
-        held, batches = self.orders.get(worker, (-1, ()))
+    def minibatch(self, seed: int, worker: int, step: int) -> Pair:
+        inputs, targets = self.train.take(self.chosen(seed, worker, step))
+        return self.augmented(inputs, seed, worker, step), targets
+
+    def chosen(self, seed: int, worker: int, step: int) -> Tensor:
+        """The examples of a minibatch, by number."""
+        turn, place = divmod(step, len(self.train) // self.problem.batch)
+        held, batches = self.orders.get((seed, worker), (-1, ()))
         if held != turn:
-            batches = self.order(_ORDER, problem.seed, worker, turn)
-            self.orders[worker] = turn, batches
-        inputs, targets = self.train.take(batches[place])
-        if problem.augment is not None:
-            self.own.manual_seed(derive(_AUGMENT, problem.seed, worker, step))
-            inputs = problem.augment(inputs, self.own)
-        return inputs, targets
+            batches = self.order(_ORDER, seed, worker, turn)
+            self.orders[seed, worker] = turn, batches
+        return batches[place]
+
+    def augmented(self, inputs: Tensor, seed: int, worker: int, step: int) -> Tensor:
+        if self.problem.augment is None:
+            return inputs
+        self.own.manual_seed(derive(_AUGMENT, seed, worker, step))
+        return self.problem.augment(inputs, self.own)
 
     def order(self, *seed: int) -> tuple[Tensor, ...]:
         """A permutation of the training set, cut into minibatches; drawn on the CPU, so that a GPU sees the same."""
         generator = Generator().manual_seed(derive(*seed))
         order = torch.randperm(len(self.train), generator=generator, dtype=torch.int32)
-        return torch.split(order.to(self.start.device), self.problem.batch)
+        return torch.split(order.to(self.device), self.problem.batch)
 
-    def measure_statistics(self) -> None:
+    def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
+        """What `Supervised.grads` gives: the module's forward pass mapped over lanes, one backward pass for all."""
+        n = len(points)
+        whose = [(p.problem.seed, p.worker, p.step) for p in points]  # type: ignore[attr-defined]
+        with _Seeded(self.generators, derive(_DRAW, *whose[0])):
+            before = [g.get_state() for g in self.generators]
+            draws = _Draws(self.generators, [derive(_DRAW, *who) for who in whose]) if self.draws else None
+            inputs, targets = self.minibatches(whose, draws)
+            x = torch.stack([p.x.detach() for p in points]).requires_grad_()
+            named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+            parts = torch.split(x, [p.numel() for _, p in named], 1)
+            weights = {name: part.view(n, *p.shape) for (name, p), part in zip(named, parts, strict=True)}
+            buffers = {name: b.expand(n, *b.shape).clone() for name, b in self.built.items()}
+            with draws or nullcontext():
+                losses = vmap(self._loss, randomness="different")(weights | buffers, inputs, targets)
+            (grads,) = torch.autograd.grad(losses.sum(), x)
+            if draws is None and any(
+                not torch.equal(g.get_state(), b) for g, b in zip(self.generators, before, strict=True)
+            ):
+                self.draws = True  # the lanes have drawn from one stream: again, each from its own
+        return self.grads(points) if self.draws and draws is None else (grads, losses.detach())
+
+    def minibatches(self, whose: Sequence[tuple[int, int, int]], draws: _Draws | None) -> Pair:
+        """The minibatches of several, stacked."""
+        if isinstance(self.train, _Tensors) and self.problem.augment is None:
+            inputs, targets = self.train.take(torch.cat([self.chosen(*who) for who in whose]))
+            size = len(whose), self.problem.batch
+            return inputs.view(*size, *inputs.shape[1:]), targets.view(*size, *targets.shape[1:])
+        pairs = []
+        for lane, who in enumerate(whose):
+            with draws.lane(lane) if draws else nullcontext():
+                pairs.append(self.minibatch(*who))
+        return torch.stack([inputs for inputs, _ in pairs]), torch.stack([targets for _, targets in pairs])
+
+    def _loss(self, tensors: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.problem.loss(functional_call(self.module, tensors, (inputs,)), targets)
+
+    def measure_statistics(self, seed: int) -> None:
         """Recompute the running statistics of batch normalisation, in a module that is in evaluation mode."""
         if not self.norms:
             return
-        batches = self.order(_SAMPLE, self.problem.seed)
+        batches = self.order(_SAMPLE, seed)
         for k in range(min(STATISTICS, len(self.train) // self.problem.batch)):
             for norm in self.norms:
                 norm.train()
@@ -336,6 +446,58 @@ class _Seeded:
             g.set_state(state)
 
 
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, what draws random numbers for stacked lanes draws them lane by lane, as each lane alone would.
+
+    Each lane has a state of the generators of its own, from a seed of its own on. Sees operations after `vmap` has given
+    them their stacked form, with the lanes first.
+    """
+
+    def __init__(self, generators: tuple[Generator, ...], seeds: Sequence[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.generators = generators
+        self.states = []
+        for seed in seeds:
+            for g in generators:
+                g.manual_seed(seed)
+            self.states.append([g.get_state() for g in generators])
+
+    @contextmanager
+    def lane(self, k: int) -> Iterator[None]:
+        """Inside, the generators are those of lane ``k``."""
+        for g, state in zip(self.generators, self.states[k], strict=True):
+            g.set_state(state)
+        yield
+        self.states[k] = [g.get_state() for g in self.generators]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        n = len(self.states)
+
+        def part(value: Any, k: int) -> Any:
+            if not isinstance(value, Tensor) or not value.dim():
+                return value
+            if len(value) % n:
+                raise RuntimeError(f"{func} draws for {n} lanes in a tensor of {list(value.shape)}")
+            return value.chunk(n)[k]
+
+        results = []
+        for k in range(n):
+            if isinstance(args[0], Tensor):
+                mine = tree_map(lambda value, k=k: part(value, k), args)
+            else:  # it makes a tensor from nothing, and is told its size first
+                mine = ([args[0][0] // n, *args[0][1:]], *args[1:])
+            with self.lane(k):
+                results.append(func(*mine, **kwargs))
+        if func._schema.is_mutable:
+            return args[0]
+        if isinstance(results[0], tuple):
+            return tuple(torch.cat(each) for each in zip(*results, strict=True))
+        return torch.cat(results)
+
+
 class Recipe(ABC):
     """A problem named by a few plain values, from which `build` makes a `Supervised` on first use, once per process.
 
@@ -359,6 +521,12 @@ class Recipe(ABC):
         """What `build` gave."""
         return self.build()
 
+    def reseeded(self, seed: int) -> Self:
+        """The same task with another seed; it shares module and data with this one, where seeds make neither."""
+        other = replace(cast(Any, self), seed=seed)
+        other.__dict__["problem"] = self.problem.reseeded(seed)
+        return cast(Self, other)
+
     def x0(self) -> Tensor:
         """The initial parameters, ``Tensor[d]``."""
         return self.problem.x0()
@@ -366,6 +534,18 @@ class Recipe(ABC):
     def grad(self, x: Tensor, worker: int, step: int) -> tuple[Tensor, Tensor]:
         """The gradient ``Tensor[d]`` and the loss ``Tensor[]`` of this worker's ``step``-th minibatch at ``x``."""
         return self.problem.grad(x, worker, step)
+
+    def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
+        """The gradients ``Tensor[n, d]`` and losses ``Tensor[n]`` at points of this task and its kin, in one call."""
+        return self.problem.grads([p._replace(problem=p.problem.problem) for p in points])  # type: ignore[attr-defined]
+
+    def kin(self) -> object:
+        """What it shares with the tasks `reseeded` from it."""
+        return self.problem.kin()
+
+    def room(self, point: Point) -> int:
+        """How many gradients like the one at ``point`` fit into memory at once."""
+        return self.problem.room(point)
 
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """Figures at ``x`` over the test set, ``"loss"`` and others; which, says the task."""

@@ -1,0 +1,256 @@
+"""Gradients of several workers in one call are those of each alone; runs and seeds side by side are those alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import offbeat as ob
+from offbeat.core.problem import Batched, Point
+from offbeat.engines import lanes as lanes_module
+from offbeat.engines.lanes import Lanes
+from offbeat.engines.simulator import Simulation, together
+from offbeat.experiment import Grid, compare, rerun
+from offbeat.failure import Diverged
+
+METHODS = [
+    ob.methods.DanaZero(lr=0.01),
+    ob.methods.EAMSGD(),
+    ob.methods.SGP(),
+    ob.methods.ADPSGD(),
+    ob.methods.GoSGD(),
+    ob.methods.SlowMo(),
+]
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in each of the ways in which modules do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0.1 * torch.randn_like(x) + 0.1 * torch.rand(x.shape[1:], dtype=x.dtype)
+        return x + 0.1 * torch.empty_like(x).uniform_(-1, 1) * torch.bernoulli(torch.full_like(x, 0.5))
+
+
+def convolutional() -> nn.Module:
+    """Batch statistics of its own minibatch, and dropout from its own random numbers, for each worker."""
+    features = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout2d(0.3), Noisy(), nn.Flatten()
+    return nn.Sequential(*features, nn.Linear(96, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 4))
+
+
+def attentive() -> nn.Module:
+    return nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(36, 4, 16, 0.2, batch_first=True), nn.Flatten(), nn.Linear(108, 4))  # fmt: skip
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def branching() -> nn.Module:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if float(x.detach().sum()) > 0 else -x
+
+    return nn.Sequential(plain(), Branch())
+
+
+def flip(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    return inputs * torch.randint(2, (len(inputs), 1, 1, 1), generator=generator)
+
+
+def problem(net: object = plain, augment: object = None, seed: int = 0) -> ob.Supervised:
+    draw = torch.Generator().manual_seed(1)
+    data = torch.randn(60, 3, 6, 6, generator=draw), torch.randint(4, (60,), generator=draw)
+    loss = nn.functional.cross_entropy
+    return ob.Supervised(net, loss, data, data, batch=10, dtype=torch.float64, augment=augment, seed=seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("augment", [None, flip])
+@pytest.mark.parametrize("net", [plain, convolutional])
+def test_each_lane_is_what_the_gradient_alone_is(net: object, augment: object) -> None:
+    base = problem(net, augment)
+    other = base.reseeded(7)
+    points = [Point(p, p.x0() * (1 + worker / 10), worker, 3 * worker) for worker in range(3) for p in (base, other)]
+    state = torch.get_rng_state()
+    grads, losses = base.grads(points)
+    assert torch.equal(torch.get_rng_state(), state)
+    for point, g, loss in zip(points, grads, losses, strict=True):
+        alone, its_loss = point.problem.grad(point.x, point.worker, point.step)
+        torch.testing.assert_close(g, alone, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(loss, its_loss, rtol=1e-10, atol=1e-12)
+    again, _ = base.grads(points[::-1])
+    assert torch.equal(again.flip(0), grads)
+
+
+def test_a_gradient_that_draws_late_is_noticed() -> None:
+    """A module may draw its first random number at any call: then the lanes are taken again, each from its own."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.on = plain(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            return x + torch.randn_like(x) if self.on else x
+
+    base = problem(Late)
+    points = [Point(base, base.x0(), worker, 0) for worker in range(3)]
+    base.grads(points)
+    base._live.module.on = True  # type: ignore[assignment]
+    grads, _ = base.grads(points)
+    for point, g in zip(points, grads, strict=True):
+        torch.testing.assert_close(g, base.grad(point.x, point.worker, 0)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_a_reseeded_problem_is_the_problem_with_that_seed() -> None:
+    base, fresh = problem(convolutional).reseeded(5), problem(convolutional, seed=5)
+    assert base.kin() is not fresh.kin()
+    assert torch.equal(base.x0(), fresh.x0())
+    assert all(map(torch.equal, base.grad(base.x0(), 2, 9), fresh.grad(base.x0(), 2, 9)))
+    assert base.evaluate(base.x0()) == fresh.evaluate(base.x0())
+
+
+def test_what_a_seed_makes_besides_the_parameters_is_not_shared() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = plain()
+            self.register_buffer("mask", torch.rand(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.mask
+
+    base = problem(Frozen)
+    other = base.reseeded(1)
+    assert other.kin() is not base.kin()
+    assert torch.equal(other.grad(other.x0(), 0, 0)[0], problem(Frozen, seed=1).grad(other.x0(), 0, 0)[0])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_run_in_lanes_is_the_run_one_by_one(method: ob.Method) -> None:
+    cluster = ob.Cluster(4, ob.Gamma(1.0, 0.3), faults=(ob.Crashes(0.02, 3.0),))
+    runs = [ob.simulate(method, problem(convolutional), cluster, gradients=60, lanes=n) for n in (1, 3, 100)]
+    for run in runs[1:]:
+        torch.testing.assert_close(run.x, runs[0].x, rtol=1e-8, atol=1e-10)
+        for name in ("seconds", "worker", "step", "lag"):
+            assert torch.equal(run.trace.column(name), runs[0].trace.column(name))
+        torch.testing.assert_close(run.trace.column("loss"), runs[0].trace.column("loss"), rtol=1e-8, atol=1e-10)
+    assert [run.trace.header["lanes"] for run in runs] == [1, 3, 100]
+    assert rerun_equal(runs[2], method, cluster)
+
+
+def rerun_equal(run: ob.Run, method: ob.Method, cluster: ob.Cluster) -> bool:
+    return ob.simulate(method, problem(convolutional), cluster, gradients=60, lanes=100).trace == run.trace
+
+
+def test_seeds_side_by_side_are_the_seeds_alone() -> None:
+    """Also where one of them fails: it takes nobody along."""
+    method, base = ob.methods.DanaZero(lr=0.01), ob.tasks.Digits()
+    tasks = [base, base.reseeded(1), base.reseeded(2)]
+    methods = [method, replace(method, lr=1e30), method]
+    grids = [Simulation(m, task, ob.Cluster(4), 80, task.seed, None, 8) for m, task in zip(methods, tasks, strict=True)]
+    came = together(grids)
+    assert isinstance(came[1], Diverged)
+    for k in (0, 2):
+        alone = ob.simulate(method, ob.tasks.Digits(seed=k), ob.Cluster(4), gradients=80, seed=k, lanes=8)
+        run = came[k]
+        assert isinstance(run, ob.Run)
+        torch.testing.assert_close(run.x, alone.x, rtol=1e-3, atol=1e-5)
+        assert torch.equal(run.trace.column("worker"), alone.trace.column("worker"))
+
+
+class Counting:
+    """A problem that takes gradients at a pace of its own, alone or together, and counts how."""
+
+    def __init__(self, alone: float, each: float) -> None:
+        self.cost = {"alone": alone, "each": each}
+        self.calls: list[int] = []
+
+    def x0(self) -> Tensor:
+        return torch.zeros(3)
+
+    def grad(self, x: Tensor, worker: int, step: int) -> tuple[Tensor, Tensor]:
+        self.calls.append(1)
+        clock.now += self.cost["alone"]
+        return x + 1, torch.zeros(())
+
+    def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
+        self.calls.append(len(points))
+        clock.now += self.cost["each"] * len(points)
+        return torch.stack([p.x + 1 for p in points]), torch.zeros(len(points))
+
+    def kin(self) -> object:
+        return self
+
+    def reseeded(self, seed: int) -> Counting:
+        return self
+
+    def room(self, point: Point) -> int:
+        return 6
+
+    def evaluate(self, x: Tensor) -> dict[str, float]:
+        return {}
+
+
+class Clock:
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+clock = Clock()
+
+
+@pytest.mark.parametrize(
+    ("alone", "each", "gradients", "lanes"),
+    [(0.001, 0.0005, 1000, 6), (0.001, 0.001, 1000, 1), (0.001, 0.002, 1000, 1), (1.0, 0.1, 200, 1), (1.0, 0.1, 2000, 6)],
+    ids=["faster", "as fast", "slower", "too dear to try", "dear, in a long run"],
+)  # fmt: skip
+def test_lanes_are_taken_where_they_are_measured_to_be_faster(
+    alone: float, each: float, gradients: int, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes_module, "time", clock)
+    counted = Counting(alone, each)
+    assert isinstance(counted, Batched)
+    points = [Point(counted, counted.x0(), worker, 0) for worker in range(8)]
+    takes = Lanes(counted, None, gradients)
+    assert len(takes(points)) == lanes
+    spent = clock.now
+    counted.calls.clear()
+    assert Lanes(counted, None, gradients).decide(points) == lanes  # known by now
+    assert clock.now == spent
+    assert not counted.calls
+
+
+@pytest.mark.parametrize("net", [branching, attentive])
+def test_what_is_impossible_or_another_result_in_lanes_is_done_one_by_one(net: object) -> None:
+    """A module that branches on a value; one whose dropout draws in the order of a memory layout that lanes change."""
+    run = ob.simulate(ob.methods.ASGD(lr=0.01), problem(net), ob.Cluster(4), gradients=200)
+    assert run.trace.header["lanes"] == 1
+
+
+def test_a_comparison_takes_lanes_for_all_seeds_and_does_not_depend_on_how_it_is_cut() -> None:
+    grid = Grid(methods=("asgd", "sgp"), workers=(4,), seeds=(0, 1, 2), gradients=60, task=ob.tasks.Digits())
+    lanes = {4: 50}
+    assert [len(keys) for keys in grid.batches(lanes)] == [3, 3]
+    assert [len(keys) for keys in grid.batches({4: 1})] == [1] * 6
+    results = [compare(grid, jobs=jobs) for jobs in (1, 2)]
+    for a, b in zip(results[0].cells, results[1].cells, strict=True):
+        assert a.key == b.key
+        assert a.trace == b.trace
+
+
+def test_a_trace_of_lanes_runs_again_to_the_same_bits() -> None:
+    run = ob.simulate(ob.methods.DanaZero(lr=0.01), ob.tasks.Digits(), ob.Cluster(4), gradients=100, lanes=4)
+    assert rerun(run.trace).trace == run.trace
+
+
+@pytest.mark.parametrize("lanes", [0, -1, 1.5, "2"])
+def test_a_wrong_number_of_lanes_is_refused(lanes: object) -> None:
+    with pytest.raises(ValueError, match="lanes"):
+        ob.simulate(ob.methods.ASGD(), ob.tasks.Quadratic(), gradients=1, lanes=lanes)  # type: ignore[arg-type]
