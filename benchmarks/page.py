@@ -6,6 +6,7 @@ picture is copied into the folder ``images`` beside the page. The rest is writte
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -27,10 +28,13 @@ def block(record: Record) -> str:
         value if name in ("processor", "system") else f"{name}: {value}" for name, value in record.machine.items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    return (
-        f"![{record.question}](images/bench-{record.name}.png)\n\n{table}\n\n"
-        f"`{record.command}`, {record.seconds:.0f} s on {record.date}; {machine}; {versions}.\n"
-    )
+    picture = f"![{record.question}](images/bench-{record.name}.png)\n\n" if measured(record) else ""
+    return f"{picture}{table}\n\n`{record.command}`, {record.seconds:.0f} s on {record.date}; {machine}; {versions}.\n"
+
+
+def measured(record: Record) -> bool:
+    """Whether there is any figure in it to draw."""
+    return not all(math.isnan(row.median) for row in record.rows)
 
 
 def refresh(text: str, records: dict[str, Record]) -> str:
@@ -52,7 +56,7 @@ def main(page: Path) -> None:
     page.write_text(refresh(page.read_text(encoding="utf-8"), records), encoding="utf-8")
     images = page.parent / "images"
     images.mkdir(exist_ok=True)
-    for name in records:
+    for name in filter(lambda name: measured(records[name]), records):
         few = Image.open(OUT / f"{name}.png").quantize(48)  # a fifth of the bytes, and nobody sees it
         few.save(images / f"bench-{name}.png", optimize=True)
 

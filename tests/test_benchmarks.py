@@ -68,6 +68,8 @@ def test_the_page_gets_its_tables_from_the_records_and_keeps_the_rest() -> None:
     assert text.startswith("# Title\n\nwords\n\n<!-- speed -->\n")
     assert text.endswith("more words\n\n<!-- other -->\nkept\n<!-- / -->\n")
     assert refresh(text, {"speed": RECORD}) == text
+    assert "images/bench-speed.png" in text
+    assert "images" not in refresh(page, {"speed": replace(RECORD, rows=ROWS[2:3])})  # nothing to draw
     with pytest.raises(ValueError, match="no place for speed"):
         refresh("nothing", {"speed": RECORD})
 
