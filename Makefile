@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := --numprocesses auto --dist loadfile
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench performance clean
 
 install: .venv/installed
 
@@ -26,6 +26,9 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+performance: bench
+	$(BIN)/python -m benchmarks.page docs/performance.md
 
 clean:
 	rm -rf .venv runs build dist src/*.egg-info

@@ -15,6 +15,24 @@ class Row:
     what: str
     unit: str
     values: tuple[float, ...]
+    """At least one; not a number: it could not be measured, and ``note`` says why."""
+    group: str = ""
+    """What it stands together with, in the table and the picture."""
+    note: str = ""
+    """What one must know of it, such as a version."""
+    aim: float | None = None
+    """The value that it should reach."""
+    less: bool = False
+    """Whether less is better."""
+    peer: bool = False
+    """Whether it is a figure of somebody else's software."""
+
+    @property
+    def missed(self) -> bool:
+        """Whether the median is short of the aim."""
+        if self.aim is None:
+            return False
+        return self.median > self.aim if self.less else self.median < self.aim
 
     @property
     def low(self) -> float:
@@ -27,6 +45,11 @@ class Row:
     @property
     def high(self) -> float:
         return max(self.values)
+
+
+def over(ours: Row, theirs: Row, what: str, group: str = "", aim: float | None = None) -> Row:
+    """Two rows of as many repeats as a ratio; not a number where one of them is not."""
+    return Row(what, "x", tuple(a / b for a, b in zip(ours.values, theirs.values, strict=False)), group, aim=aim)
 
 
 def seconds(act: Callable[[], object]) -> float:

@@ -13,7 +13,7 @@ batch = batches(rank)
 net = DecentralizedDataParallel(
     model(),
     optim_fn=lambda named: torch.optim.SGD([p for _, p in named], lr=0.01, momentum=0.9),
-    topology=said()[0],
+    topology=said(),
 )
 
 

@@ -10,7 +10,8 @@ from torchft import Manager, ProcessGroupGloo
 from torchft.local_sgd import DiLoCo, LocalSGD
 from work import PERIOD, batches, loss, model, optimizer, said, timed
 
-kind, rank = said()[0], int(os.environ["RANK"])
+kind, rank = said(), int(os.environ["RANK"])
+os.environ["TORCHFT_LIGHTHOUSE"] = f"http://127.0.0.1:{int(os.environ['MASTER_PORT']) + 1}"
 net, batch = model(), batches(rank)
 mine = optimizer(net)
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

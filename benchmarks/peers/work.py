@@ -1,6 +1,7 @@
-"""The work that all systems do: an MLP of 5.8 k parameters, batches of 32, plain SGD with momentum, one thread.
+"""The work that all systems do, told by what they are timed at. Needs nothing but torch, in whatever environment.
 
-Run in the environment of each system, so it needs nothing but torch.
+Steps: an MLP of 5.8 k parameters, batches of 32, SGD with momentum, one thread. Exchanges: 10 M float32 numbers go to a
+server, which takes ``x - LR g`` and returns it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from torch.nn import functional as F
 PERIOD = 8
 """Local steps between two averages."""
 WARM, STEPS = 64, 640
+PATIENCE = 600.0
+"""Seconds that a process waits for its next turn."""
+SIZE = 10_000_000
+"""Numbers that are exchanged."""
+LR = 1e-6
 
 
 def model() -> nn.Module:
@@ -29,6 +35,32 @@ def model() -> nn.Module:
 
 def optimizer(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+
+
+def flat(net: nn.Module) -> tuple[Tensor, Tensor]:
+    """Two vectors of which all parameters of ``net`` and their gradients are parts from now on."""
+    parameters = list(net.parameters())
+    x = torch.cat([p.detach().flatten() for p in parameters])
+    g = torch.zeros_like(x)
+    sizes = [p.numel() for p in parameters]
+    for p, data, grad in zip(parameters, x.split(sizes), g.split(sizes), strict=True):
+        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    return x, g
+
+
+class Server:
+    """A parameter server as one writes it: the model as one vector, and torch's own optimizer."""
+
+    def __init__(self) -> None:
+        self.x, _ = flat(model())
+        self.x.grad = torch.zeros_like(self.x)
+        self.optimizer = torch.optim.SGD([self.x], lr=0.01, momentum=0.9)
+
+    def exchange(self, g: Tensor) -> Tensor:
+        """Take the gradient; the new parameters."""
+        self.x.grad = g
+        self.optimizer.step()
+        return self.x
 
 
 def batches(rank: int) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -47,17 +79,56 @@ def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(net(batch[0]), batch[1])
 
 
-def timed(step: Callable[[], object], rank: int, version: str) -> None:
-    """Write how many steps this worker made per second, once it is warm."""
-    for _ in range(WARM):
-        step()
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    rate = STEPS / (time.perf_counter() - start)
-    Path(os.environ["BENCH_OUT"], f"{rank}.json").write_text(json.dumps({"rate": rate, "version": version}))
+class Watch:
+    """Measures a loop that calls `tick` after each round of ``steps``: it gets warm, then waits for its turns."""
+
+    def __init__(self, rank: int, version: str, warm: int = WARM, count: int = STEPS, steps: int = 1) -> None:
+        self.rank, self.version, self.warm, self.count, self.steps = rank, version, warm, count, steps
+        self.folder, self.repeats = Path(os.environ["BENCH_OUT"]), int(os.environ["BENCH_REPEATS"])
+        self.rounds = warm + self.repeats * count
+        """How many rounds there are in all."""
+        self.done, self.began = 0, 0.0
+
+    def tick(self) -> None:
+        """A round is done."""
+        self.done += 1
+        if self.done < self.warm:
+            return
+        turn, rest = divmod(self.done - self.warm, self.count)
+        if rest:
+            return
+        rate = self.count * self.steps / (time.perf_counter() - self.began)
+        if turn:
+            self._say(f"{turn - 1}.rate", json.dumps({"rate": rate, "version": self.version}))
+        else:
+            self._say("ready", "")
+        if turn < self.repeats:
+            self._wait(self.folder / f"{turn}.go")
+            self.began = time.perf_counter()
+
+    def _say(self, what: str, text: str) -> None:
+        whole = self.folder / f"{self.rank}.part"
+        whole.write_text(text)
+        whole.rename(self.folder / f"{self.rank}.{what}")
+
+    @staticmethod
+    def _wait(go: Path) -> None:
+        limit = time.monotonic() + PATIENCE
+        while not go.exists():
+            if time.monotonic() > limit:
+                raise TimeoutError(f"no {go.name} within {PATIENCE:g} s: the benchmark is dead")
+            time.sleep(0.02)
+        time.sleep(max(0.0, float(go.read_text()) - time.time()))  # so that all of a system begin at once
 
 
-def said() -> list[str]:
+def timed(act: Callable[[], object], rank: int, version: str, warm: int = WARM, count: int = STEPS) -> None:
+    """Measure how often this worker can ``act`` in a second."""
+    watch = Watch(rank, version, warm, count)
+    for _ in range(watch.rounds):
+        act()
+        watch.tick()
+
+
+def said() -> str:
     """What the command line says."""
-    return sys.argv[1:]
+    return sys.argv[1]
