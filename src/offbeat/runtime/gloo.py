@@ -99,9 +99,9 @@ class GlooLink(Link):
         except LinkLost as lost:
             raise LinkLost(f"{self.name} took no payload ({lost})") from None
 
-    def take(self, length: int) -> Tensor:
+    def take(self, length: int, lent: bool = False) -> Tensor:
         assert self.pair is not None
-        data = torch.empty(length, dtype=torch.uint8)
+        data = self._room(length, lent)
         try:
             self.pair.recv(data, self.other)
         except LinkLost as lost:

@@ -101,7 +101,7 @@ class RunServer(Host):
         self._answer(session, *session.outbox.get(), list(session.held))
         due = {Kind.PUSH: session.push.bytes, Kind.LEAVE: 0, Kind.MASTER: 0, Kind.HELLO: 0}
         while True:
-            frame = session.link.recv(due, "its next message")
+            frame = session.link.recv(due, "its next message", lent=True)
             self._check(session, frame.header)
             note = frame.note if isinstance(frame.note, dict) else {}
             if frame.header.kind == Kind.LEAVE:
@@ -161,6 +161,7 @@ class RunServer(Host):
             self.say(f"the kernel has failed, and visits are eager again ({str(error).splitlines()[0][:200]})")
             self.kernel = kernel = None
             new = self.method.serve(s, own, msg)
+        new = _apart(new, msg)
         good = finite(new[2]) and (self.calm or finite(new[:2]))
         if kernel:  # the buffers of what is not kept are the next visit's
             kernel.spare(0, s if good else new[0])
@@ -238,8 +239,10 @@ class RunServer(Host):
         if self.kernel and session.sent is not None:
             self.kernel.spare(2, session.sent)
         session.sent = reply if self.kernel else None
-        if self.terms.shard[1] == 1:  # else the first server's word counts
-            assert isinstance(self.method, ServerMethod)
+        assert isinstance(self.method, ServerMethod)
+        if type(self.method).length is ServerMethod.length:
+            session.length = self.method.period
+        elif self.terms.shard[1] == 1:  # else the first server's word counts
             session.length = self.method.length(self.method.init(_first(reply)))
         head = session.head._replace(step=self.steps.get(session.worker, 0), version=version)
         session.link.send(head, session.reply.pack(reply), {"tickets": tickets})
@@ -276,6 +279,14 @@ class RunServer(Host):
 def _first(message: Message) -> Message:
     """The message for a model of one parameter."""
     return rebuild(message, [t[:1] if t.dim() else t for t in leaves(message)])
+
+
+def _apart(value: Any, msg: Message) -> Any:
+    """``value`` without memory of ``msg``, which is the link's: the next message comes there."""
+    parts, lent = leaves(value), {t.untyped_storage().data_ptr() for t in leaves(msg)}
+    if lent.isdisjoint(t.untyped_storage().data_ptr() for t in parts):
+        return value
+    return rebuild(value, [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in parts])
 
 
 def _copy(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..core.method import Message, Method, ServerMethod
+from ..core.method import GradientServer, Message, Method, ServerMethod
 from ..core.problem import Problem
 from ..core.protocol import Ask, Gradient, Loop, Node, Server, loop
 from ..engines.faults import Fault
@@ -128,6 +128,7 @@ class Remote(Exchange):
         self.shards: list[_Shard] = []
         self.stopped: Callable[[], bool] = lambda: False  # whether to give up dialling
         self.want = 1
+        self.oracle = False  # whether the worker keeps nothing of a reply when the next one comes
         self.beat = 1.0
         self.beating = threading.Event()
 
@@ -166,6 +167,7 @@ class Remote(Exchange):
                 raise ValueError(f"the server at {address} serves {note['method'][:100]}, which has no server")
             if self.worker is None or (not self.named and i == 0):
                 self.worker = note["worker"]
+            self.oracle = isinstance(method, GradientServer)
             shard.push, shard.reply = forms(method, part.stop - part.start, self.x0.dtype)
             if note["model"]:
                 form = Form(self.x0[part].to("meta"))
@@ -213,9 +215,9 @@ class Remote(Exchange):
         nothing = Form(torch.empty(0, device="meta"))
         return note, _Shard(link, part, head, nothing, nothing)
 
-    def _hear(self, shard: _Shard, due: dict[Kind, int], what: str) -> Frame:
+    def _hear(self, shard: _Shard, due: dict[Kind, int], what: str, lent: bool = False) -> Frame:
         """A frame that is due, or the refusal in its place as an exception."""
-        frame = shard.link.recv({**due, Kind.REFUSED: 0}, what)
+        frame = shard.link.recv({**due, Kind.REFUSED: 0}, what, lent=lent)
         if frame.header.kind == Kind.REFUSED:
             why = frame.note["why"]
             if frame.note["what"] == "diverged":
@@ -235,7 +237,7 @@ class Remote(Exchange):
                 shard.link.send(head, shard.push.pack(mine), note)
             replies, tickets = [], []
             for shard in self.shards:
-                frame = self._hear(shard, {Kind.REPLY: shard.reply.bytes}, "its reply")
+                frame = self._hear(shard, {Kind.REPLY: shard.reply.bytes}, "its reply", lent=self.oracle)
                 shard.step += gradients
                 shard.head = shard.head._replace(version=frame.header.version)
                 replies.append(shard.reply.unpack(frame.payload))
