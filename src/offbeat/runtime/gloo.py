@@ -71,6 +71,10 @@ class Group:
         """Put the sum of all members' ``data`` into each one's."""
         self._done(lambda: self._group.allreduce([data]))
 
+    def close(self) -> None:
+        """Leave: what is asked of it from now on is lost, at the other members too."""
+        self._group = None
+
     def _done(self, start: Callable[[], Any]) -> None:
         try:
             start().wait(self._timeout)

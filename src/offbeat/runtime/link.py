@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -248,10 +249,19 @@ class SharedLink(Link):
 
     transport = "shared"
 
-    def __init__(self, sock: socket.socket, name: str, timeout: float, sizes: tuple[int, int], path: str = "") -> None:
-        """``sizes`` are the bytes that this end puts and takes at most; ``path`` the memory, where the other end made it."""
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        timeout: float,
+        sizes: tuple[int, int],
+        path: str = "",
+        places: int = 1,
+    ) -> None:
+        """``sizes`` are the bytes that this end puts and takes at most; ``path`` the memory, where the other end made it;
+        ``places`` how many payloads each way have room at once."""
         super().__init__(sock, name, timeout)
-        mine, theirs = sizes
+        mine, theirs = (-(-size // 8) * 8 * places for size in sizes)
         total = mine + theirs
         self.fd, self.path = (-1, path) if path else _memory(max(1, total))
         try:
@@ -262,23 +272,24 @@ class SharedLink(Link):
                 "the server with the transport gloo or tcp"
             ) from None
         if path:
-            self.put_at, self.take_at = memory[theirs:total], memory[:theirs]
+            into, out = memory[:theirs], memory[theirs:total]
             self._forget()
         else:
-            self.put_at, self.take_at = memory[:mine], memory[mine:total]
+            out, into = memory[:mine], memory[mine:total]
+        self.put_at, self.take_at = cycle(out.chunk(places)), cycle(into.chunk(places))
 
     def offer(self) -> dict[str, Any]:
         return {"path": self.path}
 
     def lay(self, data: Tensor) -> int:
-        self.put_at[: data.numel()].copy_(data)
+        next(self.put_at)[: data.numel()].copy_(data)
         return checksum(data)
 
     def put(self, data: Tensor) -> None:
         pass  # it is there
 
     def take(self, length: int, lent: bool = False) -> Tensor:
-        data = self.take_at[:length]
+        data = next(self.take_at)[:length]
         return data if lent else data.clone()
 
     def close(self) -> None:

@@ -54,6 +54,7 @@ class Kind(IntEnum):
     HEIR = 19  # the state of a peer that leaves, for another to take over
     ORPHAN = 20  # a newcomer says that who was to give it a state has gone
     ENTER = 21  # a newcomer asks in, from a round on
+    SHARE = 22  # a member's part of an average
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
