@@ -268,7 +268,7 @@ class RunServer(Host):
         server.handle = self._handle
         server.own = {worker: rebuild(own, parts) for worker, parts in content["own"].items()}
         server.clock = dict(content["clock"])
-        server.seen = dict.fromkeys(server.own, server.version)
+        server.seen, server.sent = (dict.fromkeys(server.own, server.version) for _ in range(2))
         self.server, there = server, list(server.own)
         for worker in there:
             server.leave(worker)
@@ -281,12 +281,15 @@ def _first(message: Message) -> Message:
     return rebuild(message, [t[:1] if t.dim() else t for t in leaves(message)])
 
 
-def _apart(value: Any, msg: Message) -> Any:
+def _apart(value: tuple[Any, Any, Message], msg: Message) -> tuple[Any, Any, Message]:
     """``value`` without memory of ``msg``, which is the link's: the next message comes there."""
     parts, lent = leaves(value), {t.untyped_storage().data_ptr() for t in leaves(msg)}
     if lent.isdisjoint(t.untyped_storage().data_ptr() for t in parts):
         return value
-    return rebuild(value, [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in parts])
+    kept: tuple[Any, Any, Message] = rebuild(
+        value, [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in parts]
+    )
+    return kept
 
 
 def _copy(value: Any) -> Any:
