@@ -26,6 +26,13 @@ class Around(ServerMethod):
         return self.method.period
 
     @property
+    def late(self) -> bool:  # type: ignore[override]
+        return self.method.late
+
+    def arrived(self, w: Any, reply: Message) -> Any:
+        return self.method.arrived(w, reply)
+
+    @property
     def gated(self) -> bool:  # type: ignore[override]
         return self.method.gated
 

@@ -308,7 +308,7 @@ class Server:
             if self.method.ready(self.state, self.own[worker], self.clock[worker], slowest):
                 if version != self.version:
                     self.own[worker], reply = self.method.refresh(self.state, self.own[worker], reply)
-                    self.seen[worker] = self.version
+                    (self.sent if self.method.late else self.seen)[worker] = self.version
                 free[worker] = reply
                 del self.waiting[worker]
         return free
