@@ -134,6 +134,8 @@ class Peer(Driver):
         self.threads: list[threading.Thread] = []
         self.incoming: set[Link] = set()
         self.links: dict[int, Link] = {}
+        self.groups: dict[tuple[Any, ...], Standing] = {}  # for averages, by their members and bytes
+        self.comers: dict[tuple[str, int], Link] = {}  # who has dialled to join a circle, by its name and theirs
         self._join()
 
     # joining
@@ -209,8 +211,6 @@ class Peer(Driver):
             self.away: set[int] = set()  # to whom a push is on its way
             self.replies: deque[Any] = deque()
             self.members: tuple[int, ...] = ()  # who takes part in this block
-            self.groups: dict[tuple[Any, ...], Standing] = {}  # for averages, by their members and bytes
-            self.comers: dict[tuple[str, int], Link] = {}  # who has dialled to join a circle, by its name and theirs
             self.turn = (-1, 0)  # the last average: its round, and how many of that round came before it
             self.mean: Mean | None = None  # the last average, for members who could not take it
             self.newcomers: list[tuple[int, int]] = []  # who begins with this one's state: the worker, and its life
@@ -963,19 +963,19 @@ class Peer(Driver):
         raise Diverged(why, Trace(), self.head.worker, step)
 
     def more(self) -> list[int]:
-        note = {"want": 1, "more": True}
-        try:
-            with self.team.together():
-                self._go_on()
-            self._share()
-            if self.tickets:
-                return []
-            with self.team.together():
-                tickets = self._call(Kind.BEGIN, note, "minibatches")["tickets"] if not self.team.rank else []
-            return list(self.team.first(tickets))
-        except LinkLost as lost:
-            self._mend(lost)
-            return []  # those of the new life have come with it
+        while True:
+            try:
+                with self.team.together():
+                    self._go_on()
+                self._share()
+                if self.tickets:
+                    return []
+                note = {"want": 1, "more": True}
+                with self.team.together():
+                    tickets = self._call(Kind.BEGIN, note, "minibatches")["tickets"] if not self.team.rank else []
+                return list(self.team.first(tickets))
+            except LinkLost as lost:
+                self._mend(lost)
 
     def master(self) -> Tensor:
         with self.monitor:

@@ -311,6 +311,8 @@ class Driver(ABC):
     terms: Terms
     node: Node
     request: Gradient
+    keeps = True
+    """Whether it may keep a gradient when `step` has returned; else the caller may use its memory again."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -382,6 +384,7 @@ class Worker(Driver):
         method = self.lend(terms.method)
         assert isinstance(method, ServerMethod)
         self.method = method
+        self.keeps = not isinstance(method, GradientServer) or isinstance(self.exchange, Alone)
         self.node = Node(terms.worker, method, method.init(terms.reply), terms.step, seed=terms.seed)
         self.loop: Loop = loop(method, self.node)
         self.request = self._gradient(next(self.loop))
@@ -449,6 +452,7 @@ class Worker(Driver):
     def master(self) -> Tensor:
         def ask() -> Tensor:
             self._catch_up()
+            self.request = self.request._replace(x=self.request.x.clone())  # which may be where the answer comes
             return self.exchange.master()
 
         x: Tensor = self._again(ask)
