@@ -44,7 +44,7 @@ class Rounded(Around):
 
     def init(self, start: tuple[Message, Tensor]) -> Marked:
         reply, mark = start
-        return Marked(self.method.init(self._widened(reply, mark)), mark)
+        return Marked(self.method.init(_cast(reply, mark.dtype)), mark)
 
     def params(self, w: Marked) -> Tensor:
         return self.method.params(w.state)
@@ -59,10 +59,10 @@ class Rounded(Around):
         return self._rounded(self.method.push(w.state))
 
     def pull(self, w: Marked, reply: tuple[Message, Tensor] | None) -> Marked:
-        return w._replace(state=self.method.pull(w.state, None if reply is None else self._widened(*reply)))
+        return w._replace(state=self.method.pull(w.state, None if reply is None else _widened(*reply)))
 
     def arrived(self, w: Marked, reply: tuple[Message, Tensor]) -> Marked:
-        return w._replace(state=self.method.arrived(w.state, self._widened(*reply)))
+        return w._replace(state=self.method.arrived(w.state, _widened(*reply)))
 
     def init_server(self, x: Tensor) -> Marked:
         return Marked(self.method.init_server(x), torch.zeros_like(x[0]))
@@ -75,33 +75,34 @@ class Rounded(Around):
         return s._replace(state=self.method.leave(s.state, own))
 
     def serve(self, s: Marked, own: Any, msg: Message) -> tuple[Marked, Any, tuple[Message, Tensor]]:
-        state, own, reply = self.method.serve(s.state, own, self._widened(msg, s.mark))
+        state, own, reply = self.method.serve(s.state, own, _cast(msg, s.mark.dtype))
         return s._replace(state=state), own, (self._rounded(reply), s.mark)
 
     def ready(self, s: Marked, own: Any, clock: int, slowest: int) -> bool:
         return self.method.ready(s.state, own, clock, slowest)
 
     def refresh(self, s: Marked, own: Any, reply: tuple[Message, Tensor]) -> tuple[Any, Message]:
-        own, new = self.method.refresh(s.state, own, self._widened(*reply))
+        own, new = self.method.refresh(s.state, own, _widened(*reply))
         return own, (self._rounded(new), s.mark)
 
     def master(self, s: Marked) -> Tensor:
         return self.method.master(s.state)
 
     def measure(self, s: Marked, own: Any, msg: Message) -> dict[str, Tensor]:
-        return self.method.measure(s.state, own, self._widened(msg, s.mark))
+        return self.method.measure(s.state, own, _cast(msg, s.mark.dtype))
 
     def _rounded(self, message: Message) -> Message:
-        if isinstance(message, Tensor):
-            return message.to(getattr(torch, self.dtype)) if message.dim() else message
-        return _like(message, [self._rounded(part) for part in message])
-
-    def _widened(self, message: Message, mark: Tensor) -> Message:
-        if isinstance(message, Tensor):
-            return message.to(mark.dtype) if message.dim() else message
-        return _like(message, [self._widened(part, mark) for part in message])
+        return _cast(message, getattr(torch, self.dtype))
 
 
-def _like(message: Message, parts: list[Message]) -> Message:
-    """``parts`` in the structure of ``message``."""
+def _cast(message: Message, dtype: torch.dtype) -> Message:
+    """``message`` with its vectors in ``dtype``."""
+    if isinstance(message, Tensor):
+        return message.to(dtype) if message.dim() else message
+    parts = [_cast(part, dtype) for part in message]
     return message._make(parts) if hasattr(message, "_make") else tuple(parts)
+
+
+def _widened(message: Message, mark: Tensor) -> Message:
+    """A reply as the model has it."""
+    return _cast(message, mark.dtype)

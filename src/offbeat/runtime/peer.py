@@ -647,17 +647,21 @@ class Peer(Driver):
     def _delivered(self) -> None:
         """All that was posted is there; what cannot be, as its receiver has died, has come back."""
         while self.posted:
-            head, to, life, msg, note, link = self.posted.popleft()
-            try:
-                if link is not None:
-                    link.recv({Kind.ANSWER: 0}, f"worker {to}'s answer")
-                    continue
-            except (LinkLost, Corrupt):
-                pass
-            if self._bring(head, head.version, Kind.SEND, to, msg, note, life=life) is None:
+            posted = self.posted.popleft()
+            if not self._confirmed(posted):
+                head = posted.head
                 with self.monitor:
-                    give_back(self.node, msg)
+                    give_back(self.node, posted.msg)
                     self._did("kept", [(head.worker, head.incarnation, head.version)])
+
+    def _confirmed(self, posted: Posted) -> bool:
+        """Whether a message has come, which is sent again where it must be; False where its receiver is dead."""
+        head, to, life, msg, note, link = posted
+        if link is not None:
+            with contextlib.suppress(LinkLost, Corrupt):
+                link.recv({Kind.ANSWER: 0}, f"worker {to}'s answer")
+                return True
+        return self._bring(head, head.version, Kind.SEND, to, msg, note, None, life) is not None
 
     def _exchange(
         self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None, life: int | None = None
