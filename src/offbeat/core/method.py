@@ -202,6 +202,13 @@ class ServerMethod(Method):
         """
         return ()
 
+    late: ClassVar[bool] = False
+    """Whether a reply is used one exchange late, so that a worker may go on before it is there: `pull` then gets None."""
+
+    def arrived(self, w: Any, reply: Message) -> Any:
+        """The state of a worker that went on, once the reply is there for which `pull` got None."""
+        return w
+
     gated: ClassVar[bool] = False
     """Whether a reply may have to wait (`ready`)."""
 

@@ -7,6 +7,8 @@ import struct
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple, Self
 
 import torch
@@ -53,6 +55,7 @@ class Kind(IntEnum):
     HEIR = 19  # the state of a peer that leaves, for another to take over
     ORPHAN = 20  # a newcomer says that who was to give it a state has gone
     ENTER = 21  # a newcomer asks in, from a round on
+    SHARE = 22  # a member's part of an average
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -115,7 +118,14 @@ class Form:
         """The form of ``message``."""
         return cls(rebuild(message, [torch.empty_like(t, device="meta") for t in leaves(message)]))
 
-    @property
+    @cached_property
+    def parts(self) -> list[tuple[int, int, torch.dtype, torch.Size]]:
+        """Of each tensor where its bytes begin and end, a multiple of 8 each beginning, its dtype and its shape."""
+        wanted = leaves(self.like)
+        begins = accumulate((_whole(t) for t in wanted), initial=0)
+        return [(b, b + t.nbytes, t.dtype, t.shape) for b, t in zip(begins, wanted, strict=False)]
+
+    @cached_property
     def bytes(self) -> int:
         """Bytes of a message, each tensor beginning at a multiple of 8."""
         return sum(_whole(t) for t in leaves(self.like))
@@ -129,19 +139,18 @@ class Form:
             if only.storage_offset() * only.element_size() % 8 == 0:  # else its words could not be summed
                 return only.view(torch.uint8)
         out = torch.zeros(self.bytes, dtype=torch.uint8) if out is None else out
-        place = 0
-        for t in parts:
-            out[place : place + t.nbytes].view(t.dtype).view(t.shape).copy_(t.detach())
-            place += _whole(t)
+        for t, place in zip(parts, self._places(out), strict=True):
+            place.copy_(t.detach())
         return out
 
     def unpack(self, data: Tensor) -> Message:
         """The message in ``data``, as views of it."""
-        parts, place = [], 0
-        for t in leaves(self.like):
-            parts.append(data[place : place + t.nbytes].view(t.dtype).view(t.shape))
-            place += _whole(t)
-        return rebuild(self.like, parts)
+        places = self._places(data)
+        return places[0] if isinstance(self.like, Tensor) else rebuild(self.like, places)
+
+    def _places(self, data: Tensor) -> list[Tensor]:
+        """Where in ``data`` each tensor is, as views."""
+        return [data[begin:end].view(dtype).view(shape) for begin, end, dtype, shape in self.parts]
 
     def check(self, parts: list[Tensor]) -> None:
         """`Corrupt` unless the tensors have the shapes and dtypes of the form."""

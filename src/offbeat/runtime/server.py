@@ -113,7 +113,7 @@ class RunServer(Host):
         self._answer(session, *session.outbox.get(), list(session.held))
         due = {Kind.PUSH: session.push.bytes, Kind.LEAVE: 0, Kind.MASTER: 0, Kind.HELLO: 0}
         while True:
-            frame = session.link.recv(due, "its next message")
+            frame = session.link.recv(due, "its next message", lent=True)
             self._check(session, frame.header)
             note = frame.note if isinstance(frame.note, dict) else {}
             if frame.header.kind == Kind.LEAVE:
@@ -163,7 +163,7 @@ class RunServer(Host):
 
     def _handle(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
         """The method's handler as a transaction: what is not finite never takes the place of what is."""
-        new = self.visits(s, own, msg)
+        new = _apart(self.visits(s, own, msg), msg)
         if not finite(new[2]) or not (self.calm or finite(new[:2])):
             raise FloatingPointError
         return new
@@ -230,8 +230,10 @@ class RunServer(Host):
         """Send a reply: outside of the lock, for a worker may be slow to take it."""
         if isinstance(self.method, GradientServer):
             session.point = self.method.params(self.method.init(reply))
-        if self.terms.shard[1] == 1:  # else the first server's word counts
-            assert isinstance(self.method, ServerMethod)
+        assert isinstance(self.method, ServerMethod)
+        if type(self.method).length is ServerMethod.length:
+            session.length = self.method.period
+        elif self.terms.shard[1] == 1:  # else the first server's word counts
             session.length = self.method.length(self.method.init(_first(reply)))
         head = session.head._replace(step=self.steps.get(session.worker, 0), version=version)
         session.link.send(head, session.reply.pack(reply), {"tickets": tickets})
@@ -252,7 +254,7 @@ class RunServer(Host):
         server = Server(method, rebuild(like, content["state"]), content["version"])
         server.own = {worker: rebuild(own, parts) for worker, parts in content["own"].items()}
         server.clock = dict(content["clock"])
-        server.seen = dict.fromkeys(server.own, server.version)
+        server.seen, server.sent = (dict.fromkeys(server.own, server.version) for _ in range(2))
         there = list(server.own)
         for worker in there:
             server.leave(worker)
@@ -263,3 +265,14 @@ class RunServer(Host):
 def _first(message: Message) -> Message:
     """The message for a model of one parameter."""
     return rebuild(message, [t[:1] if t.dim() else t for t in leaves(message)])
+
+
+def _apart(value: tuple[Any, Any, Message], msg: Message) -> tuple[Any, Any, Message]:
+    """``value`` without memory of ``msg``, which is the link's: the next message comes there."""
+    parts, lent = leaves(value), {t.untyped_storage().data_ptr() for t in leaves(msg)}
+    if lent.isdisjoint(t.untyped_storage().data_ptr() for t in parts):
+        return value
+    kept: tuple[Any, Any, Message] = rebuild(
+        value, [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in parts]
+    )
+    return kept
