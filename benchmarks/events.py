@@ -10,6 +10,7 @@ The bare core is a heap of callbacks that schedule themselves again.
 from __future__ import annotations
 
 from array import array
+from functools import partial
 
 import simpy
 
@@ -42,7 +43,9 @@ def tick(processes: int) -> None:
 
 
 def ours(workers: int, network: ob.Network, gradients: int = GRADIENTS) -> None:
-    ob.simulate(ob.methods.ASGD(), ob.tasks.TimeOnly(), ob.Cluster(workers, SPEED, network=network), gradients=gradients)
+    ob.simulate(
+        ob.methods.ASGD(), ob.tasks.TimeOnly(), ob.Cluster(workers, SPEED, network=network), gradients=gradients
+    )
 
 
 def theirs(workers: int, network: ob.Network) -> None:
@@ -89,7 +92,7 @@ def run() -> list[Row]:
     ]
     for what, network in (("free", ob.Network()), ("cards", CARDS)):
         for n in WORKERS:
-            compared = ratio(f"{what}, {n} workers: offbeat / simpy", lambda: ours(n, network), lambda: theirs(n, network), 5)  # noqa: B023
-            rows.append(compared)
+            a, b = partial(ours, n, network), partial(theirs, n, network)
+            rows.append(ratio(f"{what}, {n} workers: offbeat / simpy", a, b, 5))
     whole = seconds(lambda: ours(10_000, ob.Network(), 1_000_000))
     return [*rows, Row("10,000 workers, 1 M gradients", "s", (whole,))]

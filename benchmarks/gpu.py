@@ -13,11 +13,11 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from offbeat.runtime.kernel import Kernel
 from torch import nn
 from torch.nn import functional as F
 
 import offbeat as ob
-from offbeat.runtime.kernel import Kernel
 from offbeat.runtime.message import leaves
 from offbeat.tasks import Supervised
 from offbeat.tasks.cifar import crop_and_flip

@@ -2,29 +2,32 @@
 
 Ratios are bare seconds over ours, so 1 would be an exchange that costs nothing but the transport. The bare counterpart of
 gloo is a ping-pong between two processes over a process group of two; that of shared memory, a copy into memory that both
-map and a copy out of it, each way, told by a byte over a socket. The server takes a plain ASGD step at each visit. Then
-gradients per second of four workers beside DistributedDataParallel on the same net, all alike and one four times slower.
+map and a copy out of it, each way, told by a byte over a socket. The server takes a plain ASGD step at each visit, compiled
+before the clock starts where the model is large enough for that.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import os
 import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from offbeat.runtime.kernel import SMALLEST
+from torch import Tensor
 
 import offbeat as ob
 from offbeat.names import read
 from offbeat.runtime.gloo import GlooLink
 from offbeat.runtime.host import Terms
-from offbeat.runtime.link import Link, SharedLink
+from offbeat.runtime.link import SharedLink
 from offbeat.runtime.place import Place
 from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Remote, Worker
@@ -34,6 +37,7 @@ from .measure import Row
 SIZES = {"6 k": 6_000, "1 M": 1_000_000, "25 M": 25_000_000}
 WORKERS = (1, 2, 4)
 TOKEN, TIMEOUT, REPEATS = "bench", 120.0, 5
+Put, Take = Callable[[Tensor], None], Callable[[], Tensor]
 
 
 def exchange(address: str, me: int, d: int, count: int, told: Any) -> None:
@@ -57,17 +61,28 @@ def ours(transport: str, d: int, workers: int, count: int) -> list[float]:
     """Seconds of one exchange of all workers together, in each repeat."""
     with tempfile.TemporaryDirectory() as folder:
         terms = Terms(ob.methods.ASGD(lr=1e-6), None, workers, transport=transport, timeout=TIMEOUT, every=1e9)
-        server = RunServer(terms, TOKEN, Path(folder), read, lambda text: None)
+        compiled = threading.Event()
+
+        def say(text: str) -> None:
+            if "visit" in text:  # which way is faster, or why it is not compiled
+                compiled.set()
+
+        server = RunServer(terms, TOKEN, Path(folder), read, say)
         thread = threading.Thread(target=server.run)
         thread.start()
         context = mp.get_context("spawn")
-        told = context.Barrier(workers), context.Queue()
+        told = context.Barrier(workers + 1), context.Queue()
         address = f"127.0.0.1:{server.port}"
         crew = [context.Process(target=exchange, args=(address, i, d, count, told)) for i in range(workers)]
         for process in crew:
             process.start()
         try:
-            seconds = [max(told[1].get(timeout=600) for _ in crew) for _ in range(REPEATS)]
+            if d >= SMALLEST and not compiled.wait(120):
+                raise RuntimeError("the server did not say within 120 s whether visits are compiled")
+            seconds = []
+            for _ in range(REPEATS):
+                told[0].wait(60)
+                seconds.append(max(told[1].get(timeout=120) for _ in crew))
         finally:
             for process in crew:
                 process.join(30)
@@ -77,62 +92,59 @@ def ours(transport: str, d: int, workers: int, count: int) -> list[float]:
     return [s / (count * workers) for s in seconds]
 
 
-def echo(port: int, transport: str, size: int, way: dict[str, Any]) -> None:
+def echo(port: int, transport: str, size: int) -> None:
     """The other end of a bare transport."""
     torch.set_num_threads(1)
-    sock = socket.create_connection(("127.0.0.1", port))
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        put, take = bare(sock, transport, size, accepts=False)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                put(take())
+
+
+def bare(sock: socket.socket, transport: str, size: int, accepts: bool) -> tuple[Put, Take]:
+    """The way for payloads alone: no header, checksum, server or handler."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    link = bare(sock, transport, size, way)
-    link.meet()
-    try:
-        while True:
-            if link.ahead:
-                link._read(1, "a byte")
-            link.put(link.take(size))
-            if link.ahead:
-                link._write(b"!")
-    except ConnectionError:
-        pass
+    if transport == "gloo":
+        pair = GlooLink(sock, "the other end", TIMEOUT, accepts)
+        pair.meet()
+        return pair.put, lambda: pair.take(size)
+    path = "" if accepts else sock.recv(64).decode().strip()
+    link = SharedLink(sock, "the other end", TIMEOUT, (size, size), path)
+    if accepts:
+        sock.sendall(f"{link.path:<64}".encode())
 
+    def put(data: Tensor) -> None:
+        next(link.put_at).copy_(data)
+        link._write(b"!")
 
-def bare(sock: socket.socket, transport: str, size: int, way: dict[str, Any]) -> Link:
-    """A link of which only the way for payloads is used: no header, checksum, server or handler."""
-    if transport == "shared":
-        return SharedLink(sock, "echo", TIMEOUT, (size, size), way.get("path", ""))
-    return GlooLink(sock, "echo", TIMEOUT, accepts=not way)
+    def take() -> Tensor:
+        link._read(1, "a byte")
+        return next(link.take_at).clone()
+
+    return put, take
 
 
 def theirs(transport: str, d: int, count: int) -> list[float]:
     """Seconds of one round trip over the bare transport, in each repeat."""
     size = 4 * d
-    listener = socket.create_server(("127.0.0.1", 0))
-    ends = socket.socketpair()
-    link = bare(ends[0], transport, size, {})
-    way = {"dials": True, **link.offer()}
-    process = mp.get_context("spawn").Process(target=echo, args=(listener.getsockname()[1], transport, size, way))
-    process.start()
-    link.sock, _ = listener.accept()
-    link.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    link.meet()
-    data = torch.full((size,), 1, dtype=torch.uint8)
-    seconds = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process = mp.get_context("spawn").Process(target=echo, args=(listener.getsockname()[1], transport, size))
+        process.start()
+        sock, _ = listener.accept()
+    data, seconds = torch.full((size,), 1, dtype=torch.uint8), []
     try:
-        for repeat in range(REPEATS + 1):
-            start = time.perf_counter()
-            for _ in range(count if repeat else 3):
-                link.put(data)
-                if link.ahead:
-                    link._write(b"!")
-                    link._read(1, "a byte")
-                link.take(size)
-            seconds.append((time.perf_counter() - start) / count)
+        with sock:
+            put, take = bare(sock, transport, size, accepts=True)
+            for repeat in range(REPEATS + 1):
+                start = time.perf_counter()
+                for _ in range(count if repeat else 3):
+                    put(data)
+                    take()
+                seconds.append((time.perf_counter() - start) / count)
     finally:
-        link.close()
         process.join(30)
         process.kill()
-        for end in ends:
-            end.close()
-        listener.close()
     return seconds[1:]
 
 
@@ -142,7 +154,7 @@ def run() -> list[Row]:
     torch.set_num_threads(1)
     for transport in ("shared", "gloo"):
         for name, d in SIZES.items():
-            count = max(3, min(400, 20_000_000 // d))
+            count = max(3, min(400, 100_000_000 // d))
             alone = theirs(transport, d, count)
             rows.append(Row(f"bare {transport}, {name}", "round trips/s", tuple(1 / s for s in alone)))
             for workers in WORKERS:
@@ -151,27 +163,6 @@ def run() -> list[Row]:
                 pairs = zip(sorted(alone), sorted(each), strict=True)
                 rows.append(Row(f"{transport}, {name}, {workers} workers / bare", "x", tuple(a / s for a, s in pairs)))
     torch.set_num_threads(threads)
-    return rows + gradients()
-
-
-def gradients(repeats: int = 3) -> list[Row]:
-    """Four workers beside DistributedDataParallel: gradients per second, with and without a slow worker."""
-    spec = importlib.util.spec_from_file_location("demo", Path(__file__).parent.parent / "examples" / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    task = ob.tasks.Digits()
-    rows = []
-    for slow in (1.0, 4.0):
-        ratios = []
-        for _ in range(repeats):
-            with tempfile.TemporaryDirectory() as folder:
-                a = demo.asynchronous("digits", 800, 0.02, slow, Path(folder) / "ours")
-                b = demo.synchronous(task, 800, 0.02, slow, Path(folder) / "theirs")
-            ratios.append(b[-1].seconds / a[-1].seconds)
-        what = "all alike" if slow == 1 else f"one {slow:g} times slower"
-        rows.append(Row(f"4 workers, {what}: gradients/s / DistributedDataParallel's", "x", tuple(ratios)))
     return rows
 
 

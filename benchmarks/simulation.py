@@ -1,20 +1,33 @@
 """What does simulating a cluster cost? A simulated run against a plain PyTorch loop with as many gradients.
 
-The plain loop is what anybody would write for one machine: sampled minibatches, forward, backward, ``optimizer.step()``
-with Nesterov momentum. The simulated run does the same gradients under DANA-Zero, with its trace and its metrics.
+The plain loop is what anybody would write for one machine: minibatches from tensors in memory, forward, backward,
+``optimizer.step()`` with Nesterov momentum, an evaluation at the end. The simulated run does as many gradients under
+DANA-Zero, with its trace and its metrics, and the same evaluation. ResNet-20 has minibatches of 128, cropped and flipped in
+both; its evaluation is of 1,000 images.
 """
 
 from __future__ import annotations
 
-import os
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import offbeat as ob
-from benchmarks.measure import Row, ratio
+from benchmarks.measure import Row
+from offbeat.engines.simulator import Simulation, together
 from offbeat.tasks import DataMissing, Supervised
+from offbeat.tasks.supervised import Recipe
 
-WORKERS = (1, 8, 32, 128)
+REPEATS = 5
+TASKS: list[tuple[str, Recipe, int, tuple[int, ...]]] = [
+    # name, task, gradients, workers
+    ("digits", ob.tasks.Digits(), 2000, (1, 8, 32, 128)),
+    ("mnist", ob.tasks.Mnist(), 300, (1, 8, 32, 128)),
+    ("resnet-20", ob.tasks.Cifar10(batch=128, eval_images=1000), 40, (32,)),
+]
+SEEDS = 4
 
 
 def plain(problem: Supervised, gradients: int) -> None:
@@ -23,34 +36,61 @@ def plain(problem: Supervised, gradients: int) -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, nesterov=True)
     inputs, targets = problem.train
     inputs = inputs.to(problem.dtype) if inputs.is_floating_point() else inputs
-    order = torch.randperm(len(targets))
+    draw, order = torch.Generator(), torch.randperm(len(targets))
     batches = len(targets) // problem.batch
     for step in range(gradients):
         chosen = order[(step % batches) * problem.batch :][: problem.batch]
+        x = inputs[chosen] if problem.augment is None else problem.augment(inputs[chosen], draw)
         optimizer.zero_grad()
-        loss = problem.loss(module(inputs[chosen]), targets[chosen])
+        loss = problem.loss(module(x), targets[chosen])
         loss.backward()
         optimizer.step()
+    problem.evaluate(torch.nn.utils.parameters_to_vector(module.parameters()).detach())
+
+
+def timed(act: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
+
+
+def simulated(task: Recipe, workers: int, gradients: int) -> None:
+    ob.simulate(ob.methods.DanaZero(lr=0.05 / workers), task, ob.Cluster(workers), gradients=gradients)
+
+
+def seeds(task: Recipe, beside: bool) -> None:
+    tasks = [task, *(task.reseeded(seed) for seed in range(1, SEEDS))]
+    runs = [Simulation(ob.methods.DanaZero(lr=0.01), t, ob.Cluster(8), 500) for t in tasks]
+    for part in [runs] if beside else [[run] for run in runs]:
+        together(part)
 
 
 def run() -> list[Row]:
-    torch.set_num_threads(1)
     rows = []
-    for name, task, gradients in (("digits", ob.tasks.Digits(), 1000), ("mnist", ob.tasks.Mnist(), 100)):
+    for name, task, gradients, crowds in TASKS:
         try:
             problem = task.build()
         except DataMissing as missing:
             print(f"{name} is left out: {missing}")
             continue
-        for workers in WORKERS:
-            method = ob.methods.DanaZero(lr=0.05 / workers)
-
-            def simulated(method=method, task=task, workers=workers, gradients=gradients):
-                ob.simulate(method, task, ob.Cluster(workers), gradients=gradients)
-
-            def loop(problem=problem, gradients=gradients):
-                plain(problem, gradients)
-
-            what = f"{name}, {workers} workers: simulated run / plain loop"
-            rows.append(ratio(what, simulated, loop, repeats=int(os.environ.get("REPEATS", "5"))))
-    return rows
+        times: dict[int, list[float]] = {workers: [] for workers in (0, *crowds)}
+        for repeat in range(-1, REPEATS):  # the first does not count
+            for workers in times:
+                if workers:
+                    seconds = timed(lambda: simulated(task, workers, gradients))  # noqa: B023
+                else:
+                    seconds = timed(lambda: plain(problem, gradients))  # noqa: B023
+                times[workers] += [seconds] if repeat >= 0 else []
+        base = times.pop(0)
+        for workers, each in times.items():
+            what = f"{name}, {workers} worker{'s' * (workers > 1)}: simulated run / plain loop"
+            rows.append(Row(what, "x", tuple(a / b for a, b in zip(each, base, strict=True))))
+        if len(crowds) > 1:
+            growth = tuple(a / b for a, b in zip(times[128], times[8], strict=True))
+            rows.append(Row(f"{name}, 128 workers / 8 workers", "x", growth))
+    task = ob.tasks.Digits()
+    beside = [timed(lambda: seeds(task, True)) / timed(lambda: seeds(task, False)) for _ in range(REPEATS + 1)]
+    return [
+        *rows,
+        Row(f"digits, {SEEDS} seeds of 8 workers: side by side / one after the other", "x", tuple(beside[1:])),
+    ]

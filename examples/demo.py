@@ -33,7 +33,7 @@ LR, MOMENTUM = 0.05, 0.9
 OURS, THEIRS = "dana-zero", "DistributedDataParallel"
 
 
-def asynchronous(name: str, gradients: int, seconds: float, slow: float, out: Path) -> ob.Trace:
+def asynchronous(name: str, gradients: int, seconds: float, slow: float, out: Path, seed: int = 0) -> ob.Trace:
     """`offbeat launch`, as a user would type it."""
     command = [sys.executable, "-m", "offbeat", "launch", "--task", name, "--method", OURS, "--lr", str(LR)]
     command += [
@@ -46,7 +46,16 @@ def asynchronous(name: str, gradients: int, seconds: float, slow: float, out: Pa
         "--gradients",
         str(gradients),
     ]
-    command += ["--speed", f"Fixed({seconds})", "--faults", f"Straggler(0, {slow})", "--out", str(out)]
+    command += [
+        "--seed",
+        str(seed),
+        "--speed",
+        f"Fixed({seconds})",
+        "--faults",
+        f"Straggler(0, {slow})",
+        "--out",
+        str(out),
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return ob.Trace.read(out / "trace.jsonl")
 

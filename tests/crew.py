@@ -78,6 +78,8 @@ class Serving:
         self.join()
 
     def trace(self) -> ob.Trace:
+        with self.server.lock:
+            self.server.journal.flush()
         return ob.Trace.read(self.folder / "trace.jsonl")
 
     def x(self) -> Tensor:

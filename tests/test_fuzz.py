@@ -386,7 +386,7 @@ def test_odd_notes_do_not_hurt_a_good_message(serve: Serve) -> None:
     for step in range(300):
         g, loss = PROBLEM.grad(x, 0, step)
         x = x - 0.1 * g
-        worker.exchange.ask(
+        worker.exchange.push(
             g,
             1,
             {"losses": [float(loss)], "want": 1, "used": 1}
@@ -395,6 +395,7 @@ def test_odd_notes_do_not_hurt_a_good_message(serve: Serve) -> None:
             }
             | {"want": 1},
         )
+        worker.exchange.reply()  # type: ignore[attr-defined]
     assert torch.equal(run.x(), x)
     worker.leave(done=False)
     run.stop()
@@ -573,4 +574,4 @@ def test_signs_of_life_are_no_messages() -> None:
 
 
 def test_kinds_are_counted() -> None:
-    assert Counter(type(k) for k in Kind) == {Kind: 22}
+    assert Counter(type(k) for k in Kind) == {Kind: 23}

@@ -43,6 +43,7 @@ from offbeat.methods import (
     GapAware,
     GapAwareAdam,
     GapPenalty,
+    GlobalGapPenalty,
     MultiASGD,
     StalenessAware,
     StalenessPenalty,
@@ -729,10 +730,29 @@ def test_without_a_gap_gap_aware_is_its_base_bit_for_bit(momentum: float, wd: fl
     assert torch.equal(path, walk(partial(asgd, mu=momentum, wd=wd), ALONE)[0])
 
 
+def test_global_gap_penalty_is_one_number_for_the_model() -> None:
+    """P = 1 + |theta - w| / (eta E|v|) in norms: 2 at a gap of one usual step, scale free, 1 until a step was seen."""
+    penalty, g, v = GlobalGapPenalty(), BOWL.grad(X0, 0, 0)[0], BOWL.grad(X0, 0, 1)[0]
+
+    def global_p(gap: Tensor, v: Tensor, lr: float = LR) -> float:
+        stale = Stale(g, 0.0, X0, X0 - gap, torch.ones((), dtype=torch.float64), lr, lambda: v)
+        memory = penalty.begin(X0)
+        d, memory, _ = penalty.correct(memory, (), stale._replace(sums=penalty.sums(memory, (), stale)))
+        torch.testing.assert_close(memory.length, 0.001 * v.norm(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(d, g * (d[0] / g[0]), rtol=1e-12, atol=0)
+        return float(g[0] / d[0])
+
+    assert global_p(LR * v.flip(0), v) == pytest.approx(2, rel=1e-9)
+    assert global_p(-3 * LR * v, v) == pytest.approx(4, rel=1e-9)
+    assert global_p(5 * LR * v, v, lr=5 * LR) == pytest.approx(2, rel=1e-9)
+    assert global_p(v, ZERO) == 1
+
+
+@pytest.mark.parametrize("penalty", [GapPenalty(), GlobalGapPenalty()], ids=repr)
 @pytest.mark.parametrize("base", [MultiASGD(LR), AsyncAdam(LR), ASGD(DROPPING, weight_decay=WD)], ids=repr)
-def test_without_a_gap_any_base_is_itself_bit_for_bit(base: Master) -> None:
+def test_without_a_gap_any_base_is_itself_bit_for_bit(base: Master, penalty: Correction) -> None:
     """The same for the penalty in front of every mover that sends theta itself."""
-    penalised = dataclasses.replace(base, correction=GapPenalty())
+    penalised = dataclasses.replace(base, correction=penalty)
     assert torch.equal(drive(penalised, ALONE)[0], drive(base, ALONE)[0])
 
 

@@ -249,6 +249,7 @@ class Ledger:
         self.had: dict[tuple[int, int, int], set[tuple[int, int]]] = {}  # who has taken a message
         cls, welcome = type(method), type(method).welcome
         bring, take, hang_up = Peer._bring, Peer._take, Peer._hang_up
+        post, confirmed = Peer._post, Peer._confirmed
 
         def welcomes(method: Any, w: Any) -> Any:
             kept, new = welcome(method, w)
@@ -263,6 +264,17 @@ class Ledger:
             came = frame is not None and frame.header.kind == Kind.ANSWER
             self.sent[which] = kind, weight, "came" if came else "back"
             return frame
+
+        def posts(peer: Any, to: int, msg: Any, note: Any) -> bool:
+            going = post(peer, to, msg, note)
+            self.sent[(*peer.head[2:4], peer.numbers)] = Kind.SEND, float(msg[1]), "lost" if going else "back"
+            return going
+
+        def is_confirmed(peer: Any, posted: Any) -> bool:
+            came = confirmed(peer, posted)
+            which = *posted.head[2:4], posted.head.version
+            self.sent[which] = Kind.SEND, float(posted.msg[1]), "came" if came else "back"
+            return came
 
         def takes(peer: Any, link: Link, frame: Frame, life: int) -> None:
             """The acknowledgement is lost now and then."""
@@ -287,6 +299,8 @@ class Ledger:
 
         monkeypatch.setattr(cls, "welcome", welcomes)
         monkeypatch.setattr(Peer, "_bring", brings)
+        monkeypatch.setattr(Peer, "_post", posts)
+        monkeypatch.setattr(Peer, "_confirmed", is_confirmed)
         monkeypatch.setattr(Peer, "_take", takes)
         monkeypatch.setattr(Peer, "_hang_up", hangs_up)
 

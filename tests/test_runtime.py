@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 
 import offbeat as ob
 from offbeat.core.protocol import Ask, Node, Server, loop
+from offbeat.engines.kernel import kernel
 from offbeat.engines.replay import replay
 from offbeat.experiment import rerun
 from offbeat.runtime import snapshot
@@ -94,6 +95,45 @@ def load(folder: Path) -> Tensor:
     return torch.cat([t.reshape(-1) for t in torch.load(folder / "model.pt", weights_only=True).values()])
 
 
+# kernels
+
+
+@pytest.fixture(params=[True, False], ids=["compiler", "none"])
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether there is one. It has threads that stay, so it is first used before those of the run are counted."""
+    if not request.param:
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    elif not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
+    else:
+        kernel(torch.add, torch.ones(2), torch.ones(2)).warm(2)
+    return bool(request.param)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside its compiler
+def test_a_server_of_a_large_model_finds_the_fastest_way(
+    compiler: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says once what it found, goes on in blocks where there is no compiler, and is right in either case."""
+    monkeypatch.setattr("offbeat.runtime.server.LARGE", 11)
+    method = ob.methods.DanaZero(lr=0.05 * ob.Warmup(10))
+    run = serve(terms(method, 60, workers=1))
+    worker = hire(run.place(0), PROBLEM)
+    warmed = (
+        "a visit takes"
+        if compiler
+        else "visits stay uncompiled, as no kernel could be made (no C++ compiler was found)"
+    )
+    until(lambda: [line for line in run.said if line.startswith(warmed)], "the kernel", 120)
+    if compiler:  # whatever the race says of so small a model
+        run.server.visits.serve.way = run.server.visits.serve.fused
+    train(worker, PROBLEM)
+    finish(run)
+    assert len([line for line in run.said if line.startswith(warmed)]) == 1
+    again = replay(run.trace(), method, PROBLEM)
+    torch.testing.assert_close(run.x(), again.x, rtol=1e-12, atol=1e-12)
+
+
 # shards
 
 
@@ -120,6 +160,19 @@ def test_one_worker_over_shards_is_one_over_one_server(serve: Serve, cls: type[o
         return torch.cat([run.x() for run in running])
 
     assert torch.equal(trained(1), trained(2))
+
+
+def test_a_method_that_needs_sums_over_the_model_has_one_server(serve: Serve) -> None:
+    """Servers of a shard each do not talk, so the worker is told at once; one server takes it."""
+    method = ob.methods.GapAware(correction=ob.methods.GlobalGapPenalty())
+    running = shards(serve, method, 2, 20, 1)
+    text = told(lambda: labour([place_of(running, 0)], PROBLEM), Exception)
+    assert "GlobalGapPenalty" in text
+    assert "needs sums over the whole model, and this server has part" in text
+    run = serve(terms(method, 20, workers=1))
+    labour([run.place(0)], PROBLEM)
+    finish(run)
+    assert len(run.trace()) == 20
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

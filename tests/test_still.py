@@ -17,7 +17,9 @@ METHODS += [ob.methods.SlowMo(ob.methods.SGP()), ob.methods.DanaZero(lr=0.1 * ob
 CLUSTERS = {
     "free": ob.Cluster(6, ob.Gamma(1.0, 0.4)),
     "cards": ob.Cluster(6, ob.Gamma(1.0, 0.4), network=ob.Network(0.05, 2e7)),
-    "faults": ob.Cluster(6, ob.Gamma(1.0, 0.4), network=ob.Network(0.05, 2e7), faults=(ob.Crashes(0.02, 5.0), ob.Loss(0.05))),
+    "faults": ob.Cluster(
+        6, ob.Gamma(1.0, 0.4), network=ob.Network(0.05, 2e7), faults=(ob.Crashes(0.02, 5.0), ob.Loss(0.05))
+    ),
     "members": ob.Cluster(5, ob.Gamma(1.0, 0.4), events=(ob.Leave(2, 9.0), ob.Join(5, 11.0), ob.Crash(0, 20.0))),
 }
 

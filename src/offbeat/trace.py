@@ -88,8 +88,8 @@ class Trace(Sequence[Event]):
         self._extra: dict[str, array[float]] = {}
 
     def add(self, event: Event) -> None:
-        *row, extra = event
-        self._rows.extend(row)
+        self._rows.extend(event[:-1])
+        extra = event.extra
         if extra or self._extra:
             for name in extra:
                 if name not in self._extra:

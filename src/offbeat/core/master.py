@@ -33,11 +33,12 @@ class Stale(NamedTuple):
     lag: Tensor  # updates of the master between sending and now (tau), 0-dim
     lr: Number  # the rate now (eta)
     velocity: Callable[[], Tensor]  # what the master last moved along for this worker, before the rate (v_i) [d]
+    sums: tuple[Tensor, ...] = ()  # what the correction's `sums` come to over the whole model, 0-dim each
 
 
 @dataclass(frozen=True)
 class Correction(ABC):
-    """How a stale gradient is corrected before the master moves. Elementwise, or by a scalar of the visit."""
+    """How a stale gradient is corrected before the master moves. Elementwise, but for `sums`."""
 
     compares: ClassVar[bool] = False
     """Whether it needs the point that was sent; the server then keeps a copy for each worker (d numbers each)."""
@@ -48,6 +49,10 @@ class Correction(ABC):
 
     def seat(self, memory: Any, x: Tensor) -> Any:
         """What it remembers for one worker that comes now, the master being at ``x`` [d]."""
+        return ()
+
+    def sums(self, memory: Any, mine: Any, stale: Stale) -> tuple[Tensor, ...]:
+        """Sums over all parameters that `correct` needs, which finds them in ``stale.sums``; 0-dim, float64 at best."""
         return ()
 
     @abstractmethod
@@ -155,11 +160,17 @@ class Master(GradientServer):
     def leave(self, s: MasterState, own: Seat) -> MasterState:
         return s._replace(mover=self.unseat(s.mover, own.mover))
 
-    def serve(self, s: MasterState, own: Seat, msg: Tensor) -> tuple[MasterState, Seat, Message]:
-        lr = self.rate_for(s, own)
-        stale = Stale(
-            msg, self.decay(s), s.x, own.sent, s.step - own.at, lr, lambda: self.velocity(s.mover, own.mover, msg)
-        )
+    def stale(self, s: MasterState, own: Seat, msg: Tensor) -> Stale:
+        """The gradient that has arrived, as a correction sees it."""
+        lag, lr = s.step - own.at, self.rate_for(s, own)
+        return Stale(msg, self.decay(s), s.x, own.sent, lag, lr, lambda: self.velocity(s.mover, own.mover, msg))
+
+    def sums(self, s: MasterState, own: Seat, msg: Tensor) -> tuple[Tensor, ...]:
+        return self.correction.sums(s.memory, own.memory, self.stale(s, own, msg))
+
+    def serve(self, s: MasterState, own: Seat, msg: Tensor, *sums: Tensor) -> tuple[MasterState, Seat, Message]:
+        stale = self.stale(s, own, msg)._replace(sums=sums or self.sums(s, own, msg))
+        lr = stale.lr
         d, memory, mine_memory = self.correction.correct(s.memory, own.memory, stale)
         x, shared, mine = self.move(s.x, s.mover, own.mover, d, lr)
         s = MasterState(x, s.step + 1, shared, memory)

@@ -194,6 +194,21 @@ class ServerMethod(Method):
     def serve(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
         """One visit: both states after it, and the reply."""
 
+    def sums(self, s: Any, own: Any, msg: Message) -> tuple[Tensor, ...]:
+        """Sums over the parameters that ``serve`` needs of the whole model, such as a squared norm: 0-dim, float64 at best.
+
+        An engine that has the model in parts adds them up and hands them on: a method that gives some writes ``serve(self,
+        s, own, msg, *sums)`` and takes its own of the whole where it gets none. See `Master`.
+        """
+        return ()
+
+    late: ClassVar[bool] = False
+    """Whether a reply is used one exchange late, so that a worker may go on before it is there: `pull` then gets None."""
+
+    def arrived(self, w: Any, reply: Message) -> Any:
+        """The state of a worker that went on, once the reply is there for which `pull` got None."""
+        return w
+
     gated: ClassVar[bool] = False
     """Whether a reply may have to wait (`ready`)."""
 

@@ -109,7 +109,8 @@ def _local(method: Local, node: Node) -> Loop:
 def _server(method: ServerMethod, node: Node) -> Loop:
     while True:
         for k in range(method.length(node.state)):
-            yield from _step(method, node, free=k == 0)
+            g = yield Gradient(method.params(node.state), k == 0)
+            node.state = method.local(node.state, g)
             node.step += 1
         reply = yield Ask(SERVER, method.push(node.state))
         node.state = method.pull(node.state, reply)
@@ -243,8 +244,8 @@ def _partner(method: PushGossipMethod | PairGossipMethod, node: Node) -> int | N
 class Server:
     """The server of a `ServerMethod`, without any transport: who is seated, the shared state, and a version.
 
-    The version counts visits served; ``seen`` is the version that each worker last received, so the lag of a message is
-    ``version - seen[worker]``. ``clock`` counts each worker's visits, for methods that make replies wait. Not thread-safe: an engine calls it under its own lock.
+    The version counts visits served; ``seen`` is the version from which each worker's next message will be made, so its lag
+    is ``version - seen[worker]``; ``sent`` the one that it last received, which a method that is `late` uses next. ``clock`` counts each worker's visits, for methods that make replies wait. Not thread-safe: an engine calls it under its own lock.
     """
 
     method: ServerMethod
@@ -252,6 +253,7 @@ class Server:
     version: int = 0
     own: dict[int, Any] = field(default_factory=dict)
     seen: dict[int, int] = field(default_factory=dict)
+    sent: dict[int, int] = field(default_factory=dict)
     clock: dict[int, int] = field(default_factory=dict)
     waiting: dict[int, tuple[int, Message]] = field(default_factory=dict)
     handle: Callable[[Any, Any, Message], tuple[Any, Any, Message]] | None = None
@@ -267,14 +269,14 @@ class Server:
         if worker in self.own:
             raise ValueError(f"worker {worker} is already seated: a worker leaves before it joins again")
         self.state, self.own[worker], reply = self.method.admit(self.state)
-        self.seen[worker] = self.version
+        self.seen[worker] = self.sent[worker] = self.version
         self.clock[worker] = min(self.clock.values(), default=0)
         return reply
 
     def leave(self, worker: int) -> dict[int, Message]:
         """Unseat ``worker``; returns the replies that its going lets out, as `visit` does."""
         self.state = self.method.leave(self.state, self.own.pop(worker))
-        del self.seen[worker], self.clock[worker]
+        del self.seen[worker], self.sent[worker], self.clock[worker]
         self.waiting.pop(worker, None)
         self.waiting = {
             other: (-1, reply) for other, (_, reply) in self.waiting.items()
@@ -285,7 +287,8 @@ class Server:
         """Apply what ``worker`` brings: the states move together. Returns its reply, which may have to wait."""
         self.state, self.own[worker], reply = (self.handle or self.method.serve)(self.state, self.own[worker], msg)
         self.version += 1
-        self.seen[worker] = self.version
+        self.seen[worker] = self.sent[worker] if self.method.late else self.version
+        self.sent[worker] = self.version
         self.clock[worker] += 1
         return reply
 
@@ -306,7 +309,7 @@ class Server:
             if self.method.ready(self.state, self.own[worker], self.clock[worker], slowest):
                 if version != self.version:
                     self.own[worker], reply = self.method.refresh(self.state, self.own[worker], reply)
-                    self.seen[worker] = self.version
+                    (self.sent if self.method.late else self.seen)[worker] = self.version
                 free[worker] = reply
                 del self.waiting[worker]
         return free

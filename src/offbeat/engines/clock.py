@@ -22,7 +22,7 @@ class Clock:
 
     def busy(self, priority: int) -> bool:
         """Whether anything of this ``priority`` or a lower one is due at this very time."""
-        return bool(self._heap) and self._heap[0][:2] <= (self.now, priority)
+        return bool(self._heap) and self._heap[0][0] == self.now and self._heap[0][1] <= priority
 
     def step(self) -> bool:
         """Let the next thing happen; False when there is nothing left."""

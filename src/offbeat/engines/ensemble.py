@@ -18,6 +18,7 @@ from ..core.members import Views
 from ..core.method import Message, Method, ServerMethod
 from ..core.periodic import PeriodicMethod
 from ..core.protocol import SERVER, Node, Server
+from .kernel import LARGE, Visits
 
 SAMPLE = 4096
 """About how many parameters, evenly spaced, the normalised gap is a mean over; of smaller models all."""
@@ -114,6 +115,8 @@ class Centre(Ensemble):
     def __init__(self, method: ServerMethod, x0: Tensor) -> None:
         super().__init__(x0)
         self.server = Server.start(method, x0)
+        if len(x0) >= LARGE:  # else it would gain nothing
+            self.server.handle = Visits(method, x0).exact
 
     def x(self) -> Tensor:
         return self.server.x()

@@ -48,11 +48,16 @@ class Lanes:
 
     def __init__(self, problem: Problem, most: int | None, gradients: int) -> None:
         self.problem, self.most, self.gradients = problem, most, gradients
+        self.done: tuple[Point, Taken] | None = None  # what was taken to find out
 
     def __call__(self, points: Sequence[Point]) -> list[Taken]:
         """The gradients at the first of ``points``, one at least: those of the rest are for a later call."""
         if self.most is None:
             self.most = self.decide(points)
+        if self.done and self.done[0] is points[0]:
+            done, self.done = self.done, None
+            if self.most == 1:
+                return [done[1]]
         if self.most == 1:
             return [self._alone(points[0])]
         return self._together(points[: self.most])
@@ -81,12 +86,12 @@ class Lanes:
         return _known[key]
 
     def _tried(self, problem: Batched, points: Sequence[Point]) -> int:
-        room = problem.room(points[0])  # and so everything is warm
         alone, seconds = _timed(lambda: self._alone(points[0]))
+        self.done = points[0], alone
         affordable = int(max(TRIAL, TRIAL * self.gradients * seconds) / ((TIMES + 2) * seconds))
-        lanes = min(len(points), room, affordable)
-        if lanes < 2:
+        if affordable < 2 or (room := problem.room(points[0])) < 2:
             return 1
+        lanes = min(len(points), room, affordable)
         try:
             with warnings.catch_warnings(action="ignore"):  # of what would be slow: that is measured
                 first = self._together(points[:lanes])[0]

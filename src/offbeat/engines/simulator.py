@@ -195,8 +195,11 @@ def _side_by_side(simulations: list[Simulation]) -> dict[Simulation, Run | Failu
         simulation.begin()
         go(simulation)
     while wants:
-        ranks = zip_longest(*([(s, w) for w in workers] for s, workers in wants.items()))
-        flying = [each for rank in ranks for each in rank if each]  # those needed first, first
+        if lanes.most == 1:
+            flying = [next((s, workers[0]) for s, workers in wants.items())]
+        else:  # those needed first, first
+            ranks = zip_longest(*([(s, w) for w in workers] for s, workers in wants.items()))
+            flying = [each for rank in ranks for each in rank if each]
         points = [Point(s.problem, w.x, w.node.id, w.steps - 1) for s, w in flying]
         for (_, worker), taken in zip(flying, lanes(points), strict=False):
             worker.ahead = taken
@@ -256,6 +259,7 @@ class Simulation:
         self.instant = self.traffic.free and not self.partitions
         self.sizes: dict[int, float] = {}
         self.kept: list[Message] = []  # so that no other takes its place
+        self.finishing = self._finish  # bound once
         self.wanting = False  # a gradient, before anything else can happen
         self.trace = Trace(
             {
@@ -492,7 +496,7 @@ class Simulation:
                     return
             worker.flying = True
             worker.due = now + worker.compute
-            self.clock.at(worker.due, 2, self._finish, worker)  # after all that it may see
+            self.clock.at(worker.due, 2, self.finishing, worker)  # after all that it may see
 
     def _resume(self, worker: _Worker, answer: Any, sent: float | None = None) -> None:
         """What the worker waited for is there (on its way since ``sent``): it goes on next, at the same time."""

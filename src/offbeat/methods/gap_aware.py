@@ -2,7 +2,7 @@
 
 R <- G R + (1 - G) v^2;   k <- k + 1
 C  = eta_max (sqrt(R / (1 - G^k)) + eps)          how far a parameter travels in one step
-P  = 1 + |theta - w_i| / C                        elementwise
+P  = 1 + |theta - w_i| / C                        elementwise, or one number: norms for |.|, and C = eta_max E|v|
 d  = (g + wd theta) / P                           then the mover goes on with d
 """
 
@@ -74,6 +74,47 @@ class AppliedGapPenalty(GapPenalty):
         applied = t.largest * stale.velocity()  # `largest` holds the rate of the visit before, which made this step
         square = self.decay * t.square + (1 - self.decay) * applied * applied
         return Travel(square, t.updates + 1, torch.zeros_like(t.largest) + stale.lr), square.sqrt() + self.eps
+
+
+class Stride(NamedTuple):
+    length: Tensor  # running mean of the norm of a step, before the rate, 0-dim
+    updates: Tensor  # how many entered it (k), 0-dim
+    largest: Tensor  # largest rate seen so far (eta_max), 0-dim
+
+
+@dataclass(frozen=True)
+class GlobalGapPenalty(Correction):
+    """Divide gradient and weight decay by one number for the whole model: 1 + |theta - w_i| / (eta_max E|v|), Euclidean norms.
+
+    Barkai, Hakimi, Schuster. Gap-Aware Mitigation of Gradient Staleness. ICLR 2020. arXiv:1909.10802: the form in which
+    the gap is introduced, RMSE over average RMSE of a step; the number of parameters cancels. No vector is kept but what
+    was sent. v is as for `GapPenalty`, its mean is a running one, bias corrected, and P is 1 until a step was seen.
+    """
+
+    compares = True
+    decay: float = 0.999
+    """Decay of the running mean of step lengths (G), in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        require(self, "decay", 0 <= self.decay < 1, "must be in [0, 1)")
+
+    def begin(self, x: Tensor) -> Stride:
+        return Stride(count(x), count(x), count(x))
+
+    def sums(self, memory: Stride, mine: tuple[()], stale: Stale) -> tuple[Tensor, Tensor]:
+        gap, v = (stale.x - stale.sent).double(), stale.velocity().double()
+        return (gap * gap).sum(), (v * v).sum()
+
+    def correct(self, memory: Stride, mine: tuple[()], stale: Stale) -> tuple[Tensor, Stride, tuple[()]]:
+        gap, length = (total.sqrt() for total in stale.sums)
+        t = Stride(
+            self.decay * memory.length + (1 - self.decay) * length,
+            memory.updates + 1,
+            memory.largest.clamp(min=stale.lr),
+        )
+        step = t.largest * t.length / (1 - self.decay**t.updates)
+        penalty = torch.where(step > 0, 1 + gap / step, 1.0)
+        return (stale.g + stale.decay) / penalty, t, mine
 
 
 @dataclass(frozen=True)

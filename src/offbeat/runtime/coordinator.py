@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.gossip import GossipMethod
 from ..core.method import Method
 from ..core.periodic import PeriodicMethod
-from ..trace import Deeds, line
+from ..trace import Deeds
 from .host import Diverging, Host, OtherKind, Refused, Session, Terms
 from .link import Frame, Link, LinkLost, machine
 from .message import Corrupt, Header, Kind, finite
@@ -318,7 +318,7 @@ class Coordinator(Host):
         well = isinstance(deeds, list) and all(isinstance(d, list) and d and isinstance(d[0], str) for d in deeds)
         session.mind(well, "tells what is no deed")
         if deeds:
-            self._write(line(Deeds(session.worker, session.incarnation, deeds)))
+            self._note(Deeds(session.worker, session.incarnation, deeds))
         if losses:
             well = isinstance(losses, list) and session.step is not None and len(losses) <= session.end - session.step
             session.mind(well, f"takes {len(losses) if isinstance(losses, list) else 'no'} steps")

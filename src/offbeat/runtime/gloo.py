@@ -71,6 +71,10 @@ class Group:
         """Put the sum of all members' ``data`` into each one's."""
         self._done(lambda: self._group.allreduce([data]))
 
+    def close(self) -> None:
+        """Leave: what is asked of it from now on is lost, at the other members too."""
+        self._group = None
+
     def _done(self, start: Callable[[], Any]) -> None:
         try:
             start().wait(self._timeout)
@@ -99,9 +103,9 @@ class GlooLink(Link):
         except LinkLost as lost:
             raise LinkLost(f"{self.name} took no payload ({lost})") from None
 
-    def take(self, length: int) -> Tensor:
+    def take(self, length: int, lent: bool = False) -> Tensor:
         assert self.pair is not None
-        data = torch.empty(length, dtype=torch.uint8)
+        data = self._room(length, lent)
         try:
             self.pair.recv(data, self.other)
         except LinkLost as lost:

@@ -30,8 +30,9 @@ from ..core.method import Method
 from ..core.problem import Problem
 from ..core.values import require, require_count
 from ..engines.simulator import messages
-from ..trace import Evaluation, Event, Incident, line
+from ..trace import Evaluation, Event, Incident, Note
 from . import snapshot
+from .journal import Journal
 from .link import Link, LinkLost, accept, listen
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 
@@ -226,6 +227,7 @@ class Host(ABC):
                 if self.over():
                     break
             watch()
+            self._flush()
             if time.monotonic() >= due:
                 self.save()
                 due = time.monotonic() + self.terms.every
@@ -476,7 +478,7 @@ class Host(ABC):
             assert self.method is not None
             self._begin(x)
             self.began = time.monotonic()
-            self._open("w", 0)
+            self._open(0)
             header = {
                 "engine": "runtime",
                 "method": repr(self.method),
@@ -490,7 +492,7 @@ class Host(ABC):
                 "transport": self.terms.transport,
                 "versions": {"offbeat": __version__, "torch": torch.__version__, "python": platform.python_version()},
             }
-            self._write(line(header))
+            self.journal.add(header)
 
     def _hand(self, session: Session, note: dict[str, Any]) -> list[int]:
         want = note.get("want", 1)
@@ -525,7 +527,7 @@ class Host(ABC):
                 float(length) if last else 0.0,
                 extra=extra if last else {},
             )
-            self._write(line(event))
+            self.journal.add(event)
         self.steps[session.worker] = step + count
         self._used(session, note.get("used"))
         session.losses.extend(loss for loss in losses if math.isfinite(loss))
@@ -550,7 +552,6 @@ class Host(ABC):
         with self.lock:
             if not self.running:
                 return None
-            self.journal.flush()
             self.snapshots += 1
             content = {
                 "method": repr(self.method),
@@ -598,7 +599,7 @@ class Host(ABC):
         self.tickets.returned.extend(content["returned"])
         self.began = time.monotonic() - content["seconds"]
         self.snapshots = int(path.stem)
-        lost, seconds = self._open("r+", content["trace"])
+        lost, seconds = self._open(content["trace"])
         for worker in there:
             self._note(Incident(self.seconds, worker, "crashed"))
         self.say(
@@ -607,11 +608,11 @@ class Host(ABC):
         )
         return True
 
-    def _open(self, mode: str, place: int) -> tuple[int, float]:
+    def _open(self, place: int) -> tuple[int, float]:
         """Open the trace to go on after ``place`` bytes; how many gradients were recorded beyond it, and until when."""
         path = self.folder / "trace.jsonl"
         lost, seconds = 0, 0.0
-        if mode == "r+" and path.exists():
+        if place and path.exists():
             with open(path, encoding="utf-8") as file:
                 file.seek(place)
                 for text in file:
@@ -619,18 +620,16 @@ class Host(ABC):
                         entry = json.loads(text)
                         if "step" in entry:
                             lost, seconds = lost + 1, entry["seconds"]
-        mode = mode if path.exists() else "w"
-        self.journal = open(path, mode, buffering=1, encoding="utf-8")  # noqa: SIM115  (a kill loses no line)
-        self.journal.seek(place)
-        self.journal.truncate()
+        self.journal = Journal(path, place)
         return lost, seconds
 
-    def _write(self, text: str) -> None:
-        if not self.journal.closed:  # what happens after the end is no part of the run
-            self.journal.write(text + "\n")
+    def _note(self, note: Note) -> None:
+        self.journal.add(note)
 
-    def _note(self, note: Incident | Evaluation) -> None:
-        self._write(line(note))
+    def _flush(self) -> None:
+        with self.lock:
+            if self.running:
+                self.journal.flush()
 
     def evaluate(self, problem: Problem) -> None:
         """Record how good the model is that would be shipped now; training goes on meanwhile."""

@@ -20,8 +20,10 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,8 +31,14 @@ from torch import Tensor
 from .message import CURE, NOTE, SIZE, Corrupt, Header, Kind, checksum
 
 GREETING = b"offbeat runtime 1\n"
+AT_ONCE = 4096
+"""Bytes that are read from a socket at once where fewer are asked for: a header and its note come together."""
+NOTHING = torch.empty(0, dtype=torch.uint8)
 NO = bytes(32)
 """In the place of a proof: the token is not the run's. Said in full, for a server that dies meanwhile says nothing."""
+
+
+T = TypeVar("T", int, bytes)
 
 
 class LinkLost(ConnectionError):
@@ -56,11 +64,11 @@ class Link:
     """
 
     transport = "tcp"
-    ahead = False
-    """Whether a payload is put before its header is sent, as one that waits in memory may be."""
 
     def __init__(self, sock: socket.socket, name: str, timeout: float) -> None:
         self.sock, self.name, self.timeout = sock, name, timeout
+        self.unread = b""  # what came along with what was asked for
+        self.box = torch.empty(0, dtype=torch.uint8)  # where payloads that are lent come to
         self.sending = threading.Lock()
         self.heard = time.monotonic()
         self.deadline: float | None = None  # until when all that is waited for must have come
@@ -75,15 +83,28 @@ class Link:
     def meet(self) -> None:
         """At both ends, once both know the way for payloads and before the first one: make ready. Raises `LinkLost`."""
 
+    def lay(self, data: Tensor) -> int:
+        """Before the header goes: the checksum of ``uint8 Tensor[n]``, which may be laid where the other end finds it."""
+        return checksum(data)
+
     def put(self, data: Tensor) -> None:
-        """Send ``uint8 Tensor[n]`` to the other end, which takes it."""
+        """After the header has gone: send ``uint8 Tensor[n]`` to the other end, which takes it."""
         self._write(view(data))
 
-    def take(self, length: int) -> Tensor:
-        """The ``length`` bytes that the other end puts, ``uint8 Tensor[length]``, the caller's own."""
-        data = torch.empty(length, dtype=torch.uint8)
+    def take(self, length: int, lent: bool = False) -> Tensor:
+        """The ``length`` bytes that the other end puts, ``uint8 Tensor[length]``: the caller's own, or ``lent`` until the
+        other end puts the next."""
+        data = self._room(length, lent)
         self._read_into(view(data))
         return data
+
+    def _room(self, length: int, lent: bool) -> Tensor:
+        """Memory for a payload; where it is lent always the same, as fresh memory costs more than to fill it."""
+        if not lent:
+            return torch.empty(length, dtype=torch.uint8)
+        if len(self.box) < length:
+            self.box = torch.empty(length, dtype=torch.uint8)
+        return self.box[:length]
 
     def hang_up(self) -> None:
         """End the connection, from any thread: the other end sees it at once, and so does whoever uses this one."""
@@ -106,20 +127,19 @@ class Link:
         header = header._replace(note=len(text))
         if payload is not None and not payload.numel():
             payload = None  # the other end takes nothing
-        if payload is not None:
-            header = header._replace(length=payload.numel(), checksum=checksum(payload))
         with self.sending:
-            if payload is not None and self.ahead:
-                self.put(payload)
-            self._write(header.pack() + text)
-            if payload is not None and not self.ahead:
+            if payload is None:
+                self._write(header.pack() + text)
+            else:
+                header = header._replace(length=payload.numel(), checksum=self.lay(payload))
+                self._write(header.pack() + text)
                 self.put(payload)
         self.sent_bytes += header.length
 
-    def recv(self, due: dict[Kind, int], what: str, patient: bool = False) -> Frame:
+    def recv(self, due: dict[Kind, int], what: str, patient: bool = False, lent: bool = False) -> Frame:
         """The next frame that is no sign of life. ``due`` says which kinds may come, and how many bytes each has.
 
-        Raises `Corrupt` for a frame that is not due or whose payload does not meet its checksum, `LinkLost` where the
+        A payload that is ``lent`` stays in the link's own memory, and is good until the other end sends the next. Raises `Corrupt` for a frame that is not due or whose payload does not meet its checksum, `LinkLost` where the
         other end hangs up or is silent for `timeout`; ``what`` is what is waited for, for the message. One that is
         ``patient`` bears silence before the frame: the kernel notices a dead machine.
         """
@@ -138,13 +158,15 @@ class Link:
                 raise Corrupt(
                     f"{self.name} announced {header.length} bytes of {header.kind.name} where {due[header.kind]} are due{CURE}"
                 )
-            payload = self.take(header.length) if header.length else torch.empty(0, dtype=torch.uint8)
+            payload = self.take(header.length, lent) if header.length else NOTHING
             if header.length and checksum(payload) != header.checksum:
                 raise Corrupt(f"{self.name} sent {header.length} bytes that do not meet their checksum")
             return Frame(header, note, payload)
 
     def waiting(self, seconds: float) -> bool:
         """Whether something comes within ``seconds``, the end of the connection included."""
+        if self.unread:
+            return True
         if not hasattr(select, "poll"):
             return bool(select.select([self.sock], [], [], seconds)[0])
         poll = select.poll()  # select knows only the first 1024 files of a process
@@ -190,24 +212,32 @@ class Link:
             raise LinkLost(f"{self.name} has hung up ({error.strerror or error})") from None
 
     def _read(self, length: int, what: str) -> bytes:
-        data = bytearray(length)
-        self._read_into(memoryview(data), what)
-        return bytes(data)
+        while len(self.unread) < length:
+            self.unread += self._fill(self.sock.recv, max(length - len(self.unread), AT_ONCE), what)
+        data, self.unread = self.unread[:length], self.unread[length:]
+        return data
 
     def _read_into(self, data: memoryview, what: str = "the rest of a message") -> None:
+        here = self.unread[: len(data)]
+        data[: len(here)], self.unread = here, self.unread[len(here) :]
+        data = data[len(here) :]
         while len(data):
-            try:
-                if self.deadline is not None:
-                    self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
-                count = self.sock.recv_into(data)
-            except TimeoutError:
-                raise LinkLost(f"{self.name} was silent for {self.timeout:g} s while {what} was waited for") from None
-            except OSError as error:
-                raise LinkLost(f"{self.name} is gone ({error.strerror or error}) while {what} was waited for") from None
-            if not count:
-                raise LinkLost(f"{self.name} has hung up while {what} was waited for")
-            data = data[count:]
-            self.heard = time.monotonic()
+            data = data[self._fill(self.sock.recv_into, data, what) :]
+
+    def _fill(self, read: Callable[[Any], T], about: Any, what: str) -> T:
+        """What ``read(about)`` of the socket gives, which is never nothing."""
+        try:
+            if self.deadline is not None:
+                self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+            came = read(about)
+        except TimeoutError:
+            raise LinkLost(f"{self.name} was silent for {self.timeout:g} s while {what} was waited for") from None
+        except OSError as error:
+            raise LinkLost(f"{self.name} is gone ({error.strerror or error}) while {what} was waited for") from None
+        if not came:
+            raise LinkLost(f"{self.name} has hung up while {what} was waited for")
+        self.heard = time.monotonic()
+        return came
 
 
 class SharedLink(Link):
@@ -218,12 +248,20 @@ class SharedLink(Link):
     """
 
     transport = "shared"
-    ahead = True
 
-    def __init__(self, sock: socket.socket, name: str, timeout: float, sizes: tuple[int, int], path: str = "") -> None:
-        """``sizes`` are the bytes that this end puts and takes at most; ``path`` the memory, where the other end made it."""
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        timeout: float,
+        sizes: tuple[int, int],
+        path: str = "",
+        places: int = 1,
+    ) -> None:
+        """``sizes`` are the bytes that this end puts and takes at most; ``path`` the memory, where the other end made it;
+        ``places`` how many payloads each way have room at once."""
         super().__init__(sock, name, timeout)
-        mine, theirs = sizes
+        mine, theirs = (-(-size // 8) * 8 * places for size in sizes)
         total = mine + theirs
         self.fd, self.path = (-1, path) if path else _memory(max(1, total))
         try:
@@ -234,19 +272,25 @@ class SharedLink(Link):
                 "the server with the transport gloo or tcp"
             ) from None
         if path:
-            self.put_at, self.take_at = memory[theirs:total], memory[:theirs]
+            into, out = memory[:theirs], memory[theirs:total]
             self._forget()
         else:
-            self.put_at, self.take_at = memory[:mine], memory[mine:total]
+            out, into = memory[:mine], memory[mine:total]
+        self.put_at, self.take_at = cycle(out.chunk(places)), cycle(into.chunk(places))
 
     def offer(self) -> dict[str, Any]:
         return {"path": self.path}
 
-    def put(self, data: Tensor) -> None:
-        self.put_at[: data.numel()].copy_(data)
+    def lay(self, data: Tensor) -> int:
+        next(self.put_at)[: data.numel()].copy_(data)
+        return checksum(data)
 
-    def take(self, length: int) -> Tensor:
-        return self.take_at[:length].clone()
+    def put(self, data: Tensor) -> None:
+        pass  # it is there
+
+    def take(self, length: int, lent: bool = False) -> Tensor:
+        data = next(self.take_at)[:length]
+        return data if lent else data.clone()
 
     def close(self) -> None:
         super().close()

@@ -7,12 +7,15 @@ import struct
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple, Self
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ..core.method import Message
+from ..core.tree import leaves, rebuild
 
 PROTOCOL = 1
 """Both ends must speak the same."""
@@ -52,6 +55,7 @@ class Kind(IntEnum):
     HEIR = 19  # the state of a peer that leaves, for another to take over
     ORPHAN = 20  # a newcomer says that who was to give it a state has gone
     ENTER = 21  # a newcomer asks in, from a round on
+    SHARE = 22  # a member's part of an average
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -103,26 +107,6 @@ class Header(NamedTuple):
         return cls(Kind(kind), dtype, *rest)
 
 
-def leaves(message: Message) -> list[Tensor]:
-    """The tensors of a message or of a state, in order."""
-    if isinstance(message, Tensor):
-        return [message]
-    return [leaf for part in message for leaf in leaves(part)]
-
-
-def rebuild(like: Any, tensors: list[Tensor]) -> Any:
-    """What has the structure of ``like`` and these tensors."""
-    rest = iter(tensors)
-
-    def build(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return next(rest)
-        parts = [build(p) for p in part]
-        return part._make(parts) if hasattr(part, "_make") else tuple(parts)
-
-    return build(like)
-
-
 @dataclass(frozen=True)
 class Form:
     """The structure, shapes and dtypes that all messages of one direction have."""
@@ -134,7 +118,14 @@ class Form:
         """The form of ``message``."""
         return cls(rebuild(message, [torch.empty_like(t, device="meta") for t in leaves(message)]))
 
-    @property
+    @cached_property
+    def parts(self) -> list[tuple[int, int, torch.dtype, torch.Size]]:
+        """Of each tensor where its bytes begin and end, a multiple of 8 each beginning, its dtype and its shape."""
+        wanted = leaves(self.like)
+        begins = accumulate((_whole(t) for t in wanted), initial=0)
+        return [(b, b + t.nbytes, t.dtype, t.shape) for b, t in zip(begins, wanted, strict=False)]
+
+    @cached_property
     def bytes(self) -> int:
         """Bytes of a message, each tensor beginning at a multiple of 8."""
         return sum(_whole(t) for t in leaves(self.like))
@@ -148,19 +139,18 @@ class Form:
             if only.storage_offset() * only.element_size() % 8 == 0:  # else its words could not be summed
                 return only.view(torch.uint8)
         out = torch.zeros(self.bytes, dtype=torch.uint8) if out is None else out
-        place = 0
-        for t in parts:
-            out[place : place + t.nbytes].view(t.dtype).view(t.shape).copy_(t.detach())
-            place += _whole(t)
+        for t, place in zip(parts, self._places(out), strict=True):
+            place.copy_(t.detach())
         return out
 
     def unpack(self, data: Tensor) -> Message:
         """The message in ``data``, as views of it."""
-        parts, place = [], 0
-        for t in leaves(self.like):
-            parts.append(data[place : place + t.nbytes].view(t.dtype).view(t.shape))
-            place += _whole(t)
-        return rebuild(self.like, parts)
+        places = self._places(data)
+        return places[0] if isinstance(self.like, Tensor) else rebuild(self.like, places)
+
+    def _places(self, data: Tensor) -> list[Tensor]:
+        """Where in ``data`` each tensor is, as views."""
+        return [data[begin:end].view(dtype).view(shape) for begin, end, dtype, shape in self.parts]
 
     def check(self, parts: list[Tensor]) -> None:
         """`Corrupt` unless the tensors have the shapes and dtypes of the form."""

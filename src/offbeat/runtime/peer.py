@@ -26,10 +26,12 @@ from ..core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod, Roun
 from ..core.method import Message, Method
 from ..core.periodic import OuterMethod, PeriodicMethod
 from ..core.protocol import AllReduce, Ask, Gradient, Inbox, Loop, Node, Recv, Request, Send, give_back, loop
+from ..core.tree import leaves, rebuild
 from ..failure import Diverged
 from ..trace import Trace
+from .circle import Circle, joint
 from .link import Frame, Link, LinkLost, accept, dial, listen, machine
-from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild
+from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .place import Place
 from .team import Team
 from .way import offered, taken
@@ -67,12 +69,29 @@ class Entry(NamedTuple):
 
 @dataclass(eq=False)
 class Standing:
-    """A process group for averages, which stands until somebody comes or goes."""
+    """A circle or a process group for averages, which stands until somebody comes or goes."""
 
     name: str
     ranks: tuple[int, ...]
     living: tuple[tuple[int, int], ...]  # the workers, and their lives
-    group: Group | None = None
+    group: Group | Circle | None = None
+
+    def close(self) -> None:
+        """Whoever still relies on it sees that it is gone."""
+        if self.group is not None:
+            self.group.close()
+            self.group = None
+
+
+class Posted(NamedTuple):
+    """A message that was sent to a peer and is not acknowledged yet."""
+
+    head: Header
+    to: int
+    life: int
+    msg: Message
+    note: Any
+    link: Link | None  # over which it was sent; None where that has failed
 
 
 class Mean(NamedTuple):
@@ -116,6 +135,8 @@ class Peer(Driver):
         self.threads: list[threading.Thread] = []
         self.incoming: set[Link] = set()
         self.links: dict[int, Link] = {}
+        self.groups: dict[tuple[Any, ...], Standing] = {}  # for averages, by their members and bytes
+        self.comers: dict[tuple[str, int], Link] = {}  # who has dialled to join a circle, by its name and theirs
         self._join()
 
     # joining
@@ -161,7 +182,6 @@ class Peer(Driver):
             self._begin_life()
         if several and self.team.any(self.node.step != self.team.first(self.node.step)):
             raise LinkLost("the ranks of this worker were given different rounds to begin with")
-        self._share()
 
     def _share(self) -> None:
         """All ranks get the minibatches that the first one was given."""
@@ -192,11 +212,12 @@ class Peer(Driver):
             self.away: set[int] = set()  # to whom a push is on its way
             self.replies: deque[Any] = deque()
             self.members: tuple[int, ...] = ()  # who takes part in this block
-            self.groups: dict[tuple[int, ...], Standing] = {}  # for averages, by their members
             self.turn = (-1, 0)  # the last average: its round, and how many of that round came before it
             self.mean: Mean | None = None  # the last average, for members who could not take it
             self.newcomers: list[tuple[int, int]] = []  # who begins with this one's state: the worker, and its life
             self.born = self.closing = False
+            self.begun = False  # whether the coordinator was told of a round, and its word to go on was not taken yet
+            self.posted: deque[Posted] = deque()  # what was sent and is not acknowledged yet
         self.since = 0  # gradients since the coordinator was last asked to go on
         self.losses: list[float] = []  # of gradients that it has not been told of
         self.computes: list[float] = []
@@ -343,6 +364,10 @@ class Peer(Driver):
                 link = links.enter_context(contextlib.closing(accept(sock, self.place.token, name, self.timeout)))
                 hello = link.recv({Kind.HELLO: 0}, "its hello")
                 link.name = f"worker {hello.header.worker}"
+                if isinstance(hello.note, dict) and "circle" in hello.note:
+                    self._come(link, str(hello.note["circle"]), hello.header, life)
+                    links.pop_all()
+                    return
                 other = hello.note.get("machine") if isinstance(hello.note, dict) else None
                 sizes = max(self.answer.bytes, self.form.bytes, 8), max(self.message.bytes, self.form.bytes, 8)
                 better, way = offered(link, other, self.transport, sizes)
@@ -368,6 +393,17 @@ class Peer(Driver):
                 pass  # whoever it was comes again, or is dead, which the coordinator says
             except (Corrupt, PermissionError, ValueError) as error:
                 self.say(f"refused: {error}: no link is made")
+
+    def _come(self, link: Link, name: str, header: Header, life: int) -> None:
+        """A peer wants to join this one's circle, which the loop's thread sees to."""
+        with self.changed:
+            if life != self.incarnation:
+                raise LinkLost("this life is over")
+            for key, before in list(self.comers.items()):
+                if before.waiting(0):  # who has to wait for a welcome says nothing, unless it hangs up
+                    self.comers.pop(key).close()
+            self.comers[name, header.worker] = link
+            self.changed.notify_all()
 
     def _due(self) -> dict[Kind, int]:
         """What peers may send, and how many bytes each has."""
@@ -466,6 +502,10 @@ class Peer(Driver):
     def _call(self, kind: Kind, note: dict[str, Any], what: str) -> Any:
         """The coordinator's answer to a question, with which goes all that there is to tell."""
         self._tell(kind, note)
+        return self._answered(what)
+
+    def _answered(self, what: str) -> Any:
+        """The coordinator's next answer."""
         with self.changed:
             while not self.replies:
                 self._wait(what)
@@ -504,7 +544,7 @@ class Peer(Driver):
             if isinstance(request, Send) and isinstance(self.method, PushGossipMethod):
                 answer = self._push(request.to, request.msg)
             elif isinstance(request, Send):
-                answer = self._exchange(Kind.SEND, request.to, request.msg, {"round": request.round}) is not None
+                answer = self._post(request.to, request.msg, {"round": request.round})
                 self._did("sent", self.numbers, answer)
             elif isinstance(request, Ask):
                 frame = self._exchange(Kind.ASK, request.to, request.msg, None)
@@ -517,11 +557,13 @@ class Peer(Driver):
                     self._did("took", [entry.which for entry in self.inbox])
                     self.inbox.clear()
             else:
+                self._delivered()
                 answer = self._reduce(request)
             with self.monitor:
                 if isinstance(request, Ask):  # here, as it may have been visited meanwhile
                     self._did("asked", self.numbers, answer is not None)
                 request = self.loop.send(answer)
+        self._delivered()
         self.request = request
         if request.free:
             self._begin()
@@ -532,11 +574,18 @@ class Peer(Driver):
             self.deeds.append(list(deed))
 
     def _begin(self) -> None:
-        """Everything is delivered: tell the coordinator, and welcome who begins here."""
+        """Everything is delivered: tell the coordinator. Its word to go on comes while the next gradient is computed."""
         want = max(1, self.since) - len(self.tickets)
         self.since = 0
-        note: Any = {"round": self.node.step, "want": 0 if self.team.rank else max(0, want)}
-        note = self._call(Kind.BEGIN, note, "the coordinator's word to go on")
+        self._tell(Kind.BEGIN, {"round": self.node.step, "want": 0 if self.team.rank else max(0, want)})
+        self.begun = True
+
+    def _go_on(self) -> None:
+        """Take the coordinator's word, if it was asked for, and welcome who begins with this one's state."""
+        if not self.begun:
+            return
+        note = self._answered("the coordinator's word to go on")
+        self.begun = False
         if self.rounds:
             self._met(tuple(note["members"]))
         self.fresh += note["tickets"]
@@ -577,6 +626,43 @@ class Peer(Driver):
                     self._did("kept", [(head.worker, head.incarnation, number)])
                 self.away.discard(to)
                 self.changed.notify_all()
+
+    def _post(self, to: int, msg: Message, note: Any) -> bool:
+        """Send ``msg`` to a peer, and go on; `_delivered` sees to it that it has come. False where that one is dead."""
+        self._sound(to, msg)
+        self.numbers += 1
+        head = self.head._replace(kind=Kind.SEND, version=self.numbers, step=self.node.step)
+        with self.monitor:
+            about = self.alive.get(to)
+        if about is None:
+            self._drop(to)
+            return False
+        link: Link | None = None
+        with contextlib.suppress(LinkLost, Corrupt, PermissionError):  # said, if it lasts, when it is sent again
+            link = self._dial(to, about)
+            link.send(head, self.message.pack(msg), note)
+            self.sent += self.message.bytes
+        self.posted.append(Posted(head, to, about["life"], msg, note, link))
+        return True
+
+    def _delivered(self) -> None:
+        """All that was posted is there; what cannot be, as its receiver has died, has come back."""
+        while self.posted:
+            posted = self.posted.popleft()
+            if not self._confirmed(posted):
+                head = posted.head
+                with self.monitor:
+                    give_back(self.node, posted.msg)
+                    self._did("kept", [(head.worker, head.incarnation, head.version)])
+
+    def _confirmed(self, posted: Posted) -> bool:
+        """Whether a message has come, which is sent again where it must be; False where its receiver is dead."""
+        head, to, life, msg, note, link = posted
+        if link is not None:
+            with contextlib.suppress(LinkLost, Corrupt):
+                link.recv({Kind.ANSWER: 0}, f"worker {to}'s answer")
+                return True
+        return self._bring(head, head.version, Kind.SEND, to, msg, note, None, life) is not None
 
     def _exchange(
         self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None, life: int | None = None
@@ -655,8 +741,8 @@ class Peer(Driver):
 
     def _receive(self, request: Recv) -> dict[int, Message]:
         """A message of the round from each source, but for those who will not send one any more."""
-        with self.changed:
-            while True:
+        while True:
+            with self.changed:
                 here = [
                     entry for entry in self.inbox if entry.which[0] in request.sources and entry.round == request.round
                 ]
@@ -665,6 +751,9 @@ class Peer(Driver):
                 if not missing:
                     break
                 self._wait(f"a message of round {request.round} from workers {', '.join(map(str, missing))}")
+            self._delivered()  # who is waited for may wait for what was lost on the way
+        self._delivered()
+        with self.monitor:
             self.inbox = deque(entry for entry in self.inbox if entry not in here)
             self._did("took", [entry.which for entry in here])
             return {s: found[s] for s in request.sources if s in found}
@@ -686,12 +775,14 @@ class Peer(Driver):
         round, members = request.round or 0, request.members
         self.turn = round, self.turn[1] + 1 if self.turn[0] == round else 0
         living = tuple((m, self._life(m, round)) for m in members if self._life(m, round))
-        standing = self.groups.get(members)
-        if standing is None or standing.living != living:
+        key = members, sum(t.nbytes for t in leaves(request.msg))
+        standing = self.groups.get(key)
+        if standing is not None and standing.living != living:
             standing = None
         while True:
             if standing is None:
-                self.groups.pop(members, None)  # at which those who still rely on it see that it is gone
+                if key in self.groups:
+                    self.groups.pop(key).close()
                 note = {"round": round, "index": self.turn[1], "members": list(members)}
                 told = self._call(Kind.REDUCE, note, f"the average of round {round} with workers {members}")
                 if told["holder"] is not None:
@@ -708,9 +799,10 @@ class Peer(Driver):
                 if self.lost:
                     raise LinkLost(self.lost) from None
                 self.say(f"an average with workers {standing.ranks} broke ({error}); again")
+                standing.close()
                 standing = None
             else:
-                self.groups[members] = standing
+                self.groups[key] = standing
                 break
         assert self.mean is not None
         self._did("averaged", self.mean.name, self.mean.ranks)
@@ -726,23 +818,15 @@ class Peer(Driver):
 
     def _sum(self, message: Message, standing: Standing) -> Mean:
         """The mean over the members of a group, which is made at its first average."""
-        from .gloo import Group
-
         ranks, name = standing.ranks, standing.name
-        if len(ranks) > 1 and standing.group is None:
-            standing.group = Group(
-                lambda entry: self._call_out(name, entry),
-                lambda: self._called(name, ranks),
-                ranks.index(self.head.worker),
-                len(ranks),
-                self.host,
-                self.timeout,
-            )
         parts = leaves(message)
         flats = {
             dtype: torch.cat([t.reshape(-1) for t in parts if t.dtype == dtype]).cpu()
             for dtype in dict.fromkeys(t.dtype for t in parts)  # in one order at all members, as a set has not
         }
+        if len(ranks) > 1 and standing.group is None:
+            make = self._circle if self._near(ranks) else self._group
+            standing.group = make(name, ranks, max(flat.nbytes for flat in flats.values()))
         for flat in flats.values():
             if standing.group is not None:
                 standing.group.sum(flat)
@@ -751,6 +835,50 @@ class Peer(Driver):
         pieces = {d: iter(torch.split(flat, [t.numel() for t in parts if t.dtype == d])) for d, flat in flats.items()}
         means = [next(pieces[t.dtype]).view(t.shape).to(t.device) for t in parts]
         return Mean(f"{name} at {self.turn}", ranks, self.turn, rebuild(message, means))
+
+    def _near(self, ranks: tuple[int, ...]) -> bool:
+        """Whether all of these can share memory, and are to."""
+        with self.monitor:
+            others = {self.alive.get(r, {}).get("machine") for r in ranks if r != self.head.worker}
+        return others == {machine()} and self.transport in ("auto", "shared")
+
+    def _group(self, name: str, ranks: tuple[int, ...], length: int) -> Group:
+        """A process group of these workers, for vectors of any ``length``."""
+        from .gloo import Group
+
+        rank = ranks.index(self.head.worker)
+        tell, hear = (lambda entry: self._call_out(name, entry)), (lambda: self._called(name, ranks))
+        return Group(tell, hear, rank, len(ranks), self.host, self.timeout)
+
+    def _circle(self, name: str, ranks: tuple[int, ...], length: int) -> Circle:
+        """A circle of these workers, all on this machine, for vectors of up to ``length`` bytes: each dials those before it."""
+        links: dict[int, Link] = {}
+        with contextlib.ExitStack() as made:
+            for rank, to in enumerate(ranks[: ranks.index(self.head.worker)]):
+                with self.monitor:
+                    about = self.alive.get(to)
+                if about is None:
+                    raise LinkLost(f"worker {to} is gone")
+                link: Link = dial(about["address"], self.place.token, f"worker {to}", self.timeout)
+                made.callback(link.close)
+                link.send(self.head._replace(kind=Kind.HELLO), None, {"circle": name})
+                welcome = link.recv({Kind.WELCOME: 0}, "its welcome to a circle")
+                links[rank] = joint(link, length, welcome.note["path"])
+            for rank, by in enumerate(ranks[len(links) + 1 :], len(links) + 1):
+                with self.changed:
+                    end = time.monotonic() + self.timeout
+                    while (name, by) not in self.comers:
+                        if self.alive.get(by, {}).get("place") != "in":
+                            raise LinkLost(f"worker {by} is gone")
+                        if time.monotonic() > end:
+                            raise LinkLost(f"worker {by} did not join the circle within {self.timeout:g} s")
+                        self._wait(f"worker {by}, who is to join a circle,")
+                    link = self.comers.pop((name, by))
+                made.callback(link.close)
+                links[rank] = joint(link, length)
+                link.send(self.head._replace(kind=Kind.WELCOME), None, links[rank].offer())
+            made.pop_all()
+        return Circle(links, ranks.index(self.head.worker), self.head)
 
     def _fetch(self, holder: int, message: Message) -> Mean | None:
         """The average like ``message`` that a peer has taken; None where that one is gone."""
@@ -817,6 +945,7 @@ class Peer(Driver):
             self._diverged("its gradient is not finite")
         try:
             with self.team.together():
+                self._go_on()
                 if time.monotonic() - self.said > 1.0:  # in the middle of a long block
                     self._tell(Kind.STEP, {})
                 with self.monitor:
@@ -839,14 +968,19 @@ class Peer(Driver):
         raise Diverged(why, Trace(), self.head.worker, step)
 
     def more(self) -> list[int]:
-        note = {"want": 1, "more": True}
-        try:
-            with self.team.together():
-                tickets = self._call(Kind.BEGIN, note, "minibatches")["tickets"] if not self.team.rank else []
-            return list(self.team.first(tickets))
-        except LinkLost as lost:
-            self._mend(lost)
-            return []  # those of the new life have come with it
+        while True:
+            try:
+                with self.team.together():
+                    self._go_on()
+                self._share()
+                if self.tickets:
+                    return []
+                note = {"want": 1, "more": True}
+                with self.team.together():
+                    tickets = self._call(Kind.BEGIN, note, "minibatches")["tickets"] if not self.team.rank else []
+                return list(self.team.first(tickets))
+            except LinkLost as lost:
+                self._mend(lost)
 
     def master(self) -> Tensor:
         with self.monitor:
@@ -857,12 +991,13 @@ class Peer(Driver):
         """Go in good order. One that is done can still be talked to until all are; one that goes before hands over what
         others need of it."""
         try:
+            self._go_on()
             with self.changed:
                 while self.away:
                     self._wait("the end of pushes that are on their way")
             if done:
                 self._show()
-                self.groups = {}
+                self._disband()
                 self._last(done)
                 with self.changed:
                     while not self.replies:
@@ -918,13 +1053,22 @@ class Peer(Driver):
         self._hang_up()
         self._join()
 
+    def _disband(self) -> None:
+        """Leave all groups for averages."""
+        for standing in self.groups.values():
+            standing.close()
+        self.groups = {}
+
     def _hang_up(self) -> None:
         """End this life; its threads see it."""
         with self.changed:
             self.incarnation = 0
             self.over.set()
             self.lost = self.lost or "this life is over"
-            self.groups = {}
+            self._disband()
+            for link in self.comers.values():
+                link.close()
+            self.comers = {}
             for to in list(self.links):
                 self._drop(to)
             for link in (*self.incoming, *([self.link] if self.link is not None else [])):

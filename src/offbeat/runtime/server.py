@@ -18,11 +18,15 @@ from torch import Tensor
 
 from ..core.method import GradientServer, Message, ServerMethod
 from ..core.protocol import Server
-from .host import Diverging, Host, Session
-from .kernel import SMALLEST, Kernel
+from ..core.tree import leaves, rebuild
+from ..engines.kernel import Visits
+from .host import Diverging, Host, Refused, Session
 from .link import Frame, Link, LinkLost
-from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild, tame
+from .message import DTYPES, Corrupt, Form, Header, Kind, finite, tame
 from .way import offered
+
+LARGE = 500_000
+"""Parameters from which a compiled visit gains more than its compilation costs."""
 
 
 def forms(method: ServerMethod, parameters: int, dtype: torch.dtype) -> tuple[Form, Form]:
@@ -47,7 +51,6 @@ class Visitor(Session):
     reply: Form = Form(torch.empty(0))
     outbox: queue.SimpleQueue[tuple[int, Message]] = field(default_factory=queue.SimpleQueue)  # with their versions
     point: Tensor | None = None  # where its next gradient is taken, if the server knows [d]
-    sent: Message | None = None  # the last reply, whose buffers are free when the next one goes out
     length: int | None = None  # how many gradients its next message must have, if the server knows
     visits: int = 0
 
@@ -57,7 +60,7 @@ class RunServer(Host):
 
     kind = ServerMethod
     server: Server | None = None
-    kernel: Kernel | None = None
+    visits: Visits
     calm = True
     """Whether the message that is served is far from what overflows."""
 
@@ -67,14 +70,24 @@ class RunServer(Host):
 
     def x(self) -> Tensor:
         assert self.server is not None
-        x: Tensor = self._kept(self.server.x())
-        return x
+        return self.server.x()
 
     def _begin(self, x: Tensor) -> None:
         assert isinstance(self.method, ServerMethod)
-        self.server = Server.start(self.method, x)
-        self.server.handle = self._handle
-        threading.Thread(target=self._fuse).start()  # no daemon: Python must not end inside of it
+        self._serve_with(Server.start(self.method, x), x)
+
+    def _serve_with(self, server: Server, x: Tensor) -> None:
+        """Serve from now on, models like ``x`` [d]."""
+        self.visits = Visits(server.method, x)
+        part, of = self.terms.shard
+        if self.visits.sums and of > 1:
+            raise Refused(
+                f"{server.method!r} needs sums over the whole model, and this server has part {part} of {of}: run one "
+                "server, with workers of one rank"
+            )
+        server.handle = self._handle
+        self.server = server
+        threading.Thread(target=self._warm).start()  # no daemon: Python must not end inside of it
 
     def _meet(self, link: Link, note: dict[str, Any], head: Header) -> tuple[Visitor, dict[str, Any]]:
         assert isinstance(self.method, ServerMethod)
@@ -86,8 +99,7 @@ class RunServer(Host):
 
     def _join(self, session: Visitor, note: dict[str, Any]) -> None:
         assert self.server is not None
-        message, version = self._kept(self.server.join(session.worker)), self.server.version
-        self.server.own[session.worker] = self._kept(self.server.own[session.worker])
+        message, version = self.server.join(session.worker), self.server.version
         self._hand(session, note)
         session.outbox.put((version, message))
 
@@ -101,7 +113,7 @@ class RunServer(Host):
         self._answer(session, *session.outbox.get(), list(session.held))
         due = {Kind.PUSH: session.push.bytes, Kind.LEAVE: 0, Kind.MASTER: 0, Kind.HELLO: 0}
         while True:
-            frame = session.link.recv(due, "its next message")
+            frame = session.link.recv(due, "its next message", lent=True)
             self._check(session, frame.header)
             note = frame.note if isinstance(frame.note, dict) else {}
             if frame.header.kind == Kind.LEAVE:
@@ -151,39 +163,22 @@ class RunServer(Host):
 
     def _handle(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
         """The method's handler as a transaction: what is not finite never takes the place of what is."""
-        assert isinstance(self.method, ServerMethod)
-        kernel = self.kernel
-        try:
-            new = (kernel or self.method.serve)(s, own, msg)
-        except Exception as error:
-            if kernel is None:
-                raise
-            self.say(f"the kernel has failed, and visits are eager again ({str(error).splitlines()[0][:200]})")
-            self.kernel = kernel = None
-            new = self.method.serve(s, own, msg)
-        good = finite(new[2]) and (self.calm or finite(new[:2]))
-        if kernel:  # the buffers of what is not kept are the next visit's
-            kernel.spare(0, s if good else new[0])
-            kernel.spare(1, own if good else new[1])
-        if not good:
+        new = _apart(self.visits(s, own, msg), msg)
+        if not finite(new[2]) or not (self.calm or finite(new[:2])):
             raise FloatingPointError
         return new
 
-    def _fuse(self) -> None:
-        """Compile the handler of a large model while training goes on, and use it from then on where it is faster."""
-        assert isinstance(self.method, ServerMethod)
-        if self.parameters < SMALLEST or self.method.gated:
+    def _warm(self) -> None:
+        """Find the fastest way to serve a large model, while training goes on."""
+        if self.parameters < LARGE:
             return
         try:
-            kernel = Kernel(self.method, torch.zeros(self.parameters, dtype=self.dtype))
-            eager, fused = kernel.race()
-        except Exception as error:  # whatever a compiler may raise: eager is right, only slower
-            self.say(f"visits stay eager, as no kernel could be compiled ({str(error).splitlines()[0][:200]})")
-            return
-        self.say(f"a visit takes {1e3 * eager:.1f} ms eager and {1e3 * fused:.1f} ms fused")
-        if fused < eager:
-            with self.lock:
-                self.kernel = kernel
+            seconds = self.visits.warm()
+        except Exception as error:  # whatever a compiler may raise: all ways are right, some slower
+            self.say(f"visits stay uncompiled, as no kernel could be made ({str(error).splitlines()[0][:200]})")
+        else:
+            took = ", ".join(f"{1e3 * s:.1f} ms {way}" for way, s in seconds.items())
+            self.say(f"a visit takes {took}")
 
     def _visit(self, session: Visitor, frame: Frame, message: Message, note: dict[str, Any]) -> None:
         """Serve one message, under the lock, and record it."""
@@ -235,26 +230,21 @@ class RunServer(Host):
         """Send a reply: outside of the lock, for a worker may be slow to take it."""
         if isinstance(self.method, GradientServer):
             session.point = self.method.params(self.method.init(reply))
-        if self.kernel and session.sent is not None:
-            self.kernel.spare(2, session.sent)
-        session.sent = reply if self.kernel else None
-        if self.terms.shard[1] == 1:  # else the first server's word counts
-            assert isinstance(self.method, ServerMethod)
+        assert isinstance(self.method, ServerMethod)
+        if type(self.method).length is ServerMethod.length:
+            session.length = self.method.period
+        elif self.terms.shard[1] == 1:  # else the first server's word counts
             session.length = self.method.length(self.method.init(_first(reply)))
         head = session.head._replace(step=self.steps.get(session.worker, 0), version=version)
         session.link.send(head, session.reply.pack(reply), {"tickets": tickets})
-
-    def _kept(self, value: Any) -> Any:
-        """``value``, which stays as it is when the next visits write into spare buffers; under the lock."""
-        return _copy(value) if self.kernel else value
 
     def _content(self) -> dict[str, Any]:
         server = self.server
         assert server is not None
         return {
             "version": server.version,
-            "state": leaves(self._kept(server.state)),
-            "own": {worker: leaves(self._kept(own)) for worker, own in server.own.items()},
+            "state": leaves(server.state),
+            "own": {worker: leaves(own) for worker, own in server.own.items()},
             "clock": dict(server.clock),
         }
 
@@ -262,14 +252,13 @@ class RunServer(Host):
         like = method.init_server(torch.zeros(self.parameters, dtype=self.dtype))
         _, own, _ = method.admit(like)
         server = Server(method, rebuild(like, content["state"]), content["version"])
-        server.handle = self._handle
         server.own = {worker: rebuild(own, parts) for worker, parts in content["own"].items()}
         server.clock = dict(content["clock"])
-        server.seen = dict.fromkeys(server.own, server.version)
-        self.server, there = server, list(server.own)
+        server.seen, server.sent = (dict.fromkeys(server.own, server.version) for _ in range(2))
+        there = list(server.own)
         for worker in there:
             server.leave(worker)
-        threading.Thread(target=self._fuse).start()  # no daemon: Python must not end inside of it
+        self._serve_with(server, torch.zeros(self.parameters, dtype=self.dtype))
         return there
 
 
@@ -278,5 +267,12 @@ def _first(message: Message) -> Message:
     return rebuild(message, [t[:1] if t.dim() else t for t in leaves(message)])
 
 
-def _copy(value: Any) -> Any:
-    return rebuild(value, [t.clone() for t in leaves(value)])
+def _apart(value: tuple[Any, Any, Message], msg: Message) -> tuple[Any, Any, Message]:
+    """``value`` without memory of ``msg``, which is the link's: the next message comes there."""
+    parts, lent = leaves(value), {t.untyped_storage().data_ptr() for t in leaves(msg)}
+    if lent.isdisjoint(t.untyped_storage().data_ptr() for t in parts):
+        return value
+    kept: tuple[Any, Any, Message] = rebuild(
+        value, [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in parts]
+    )
+    return kept

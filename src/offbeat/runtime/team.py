@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.method import Message
+from ..core.tree import leaves, rebuild
 from .link import LinkLost
-from .message import Corrupt, leaves, rebuild
+from .message import Corrupt
 from .worker import Exchange, Remote, Terms
 
 T = TypeVar("T")
@@ -123,9 +124,13 @@ class Together(Exchange):
         reply = self.team.join(terms.reply, self.parameters)
         return self.team.first(terms._replace(reply=()))._replace(reply=reply)
 
-    def ask(self, msg: Message, gradients: int, note: dict[str, Any]) -> tuple[Message, list[int]]:
+    def push(self, msg: Message, gradients: int, note: dict[str, Any]) -> None:
         with self.team.together():
-            reply, tickets = self.mine.ask(self.team.cut(msg), gradients, note)
+            self.mine.push(self.team.cut(msg), gradients, note)
+
+    def reply(self) -> tuple[Message, list[int]]:
+        with self.team.together():
+            reply, tickets = self.mine.reply()
         return self.team.join(reply, self.parameters), self.team.first(tickets)
 
     def more(self, want: int) -> list[int]:

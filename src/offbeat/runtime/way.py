@@ -21,14 +21,14 @@ def offered(link: Link, other: Any, transport: str, sizes: tuple[int, int]) -> t
         if not near:
             raise Refused("a process on another machine cannot share memory: take the transport gloo, tcp or auto")
         try:
-            link = SharedLink(link.sock, link.name, link.timeout, sizes)
+            better = SharedLink(link.sock, link.name, link.timeout, sizes)
         except OSError as error:
             raise Refused(str(error)) from None
-        return link, {"transport": "shared", "sizes": sizes, **link.offer()}
+        return _follows(better, link), {"transport": "shared", "sizes": sizes, **better.offer()}
     if transport == "gloo":
         from .gloo import GlooLink
 
-        return GlooLink(link.sock, link.name, link.timeout, True), {"transport": "gloo"}
+        return _follows(GlooLink(link.sock, link.name, link.timeout, True), link), {"transport": "gloo"}
     return link, {"transport": "tcp"}
 
 
@@ -36,10 +36,16 @@ def taken(link: Link, note: dict[str, Any]) -> Link:
     """At the dialling end: the link with the way that the other end has offered."""
     if note["transport"] == "shared":
         theirs, mine = note["sizes"]
-        link = SharedLink(link.sock, link.name, link.timeout, (mine, theirs), note["path"])
+        link = _follows(SharedLink(link.sock, link.name, link.timeout, (mine, theirs), note["path"]), link)
     elif note["transport"] == "gloo":
         from .gloo import GlooLink
 
-        link = GlooLink(link.sock, link.name, link.timeout, False)
+        link = _follows(GlooLink(link.sock, link.name, link.timeout, False), link)
     link.meet()
     return link
+
+
+def _follows(better: Link, link: Link) -> Link:
+    """``better`` in the place of ``link``, with what that one has read ahead."""
+    better.unread = link.unread
+    return better

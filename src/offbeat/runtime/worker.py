@@ -16,16 +16,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..core.method import Message, Method, ServerMethod
+from ..core.method import GradientServer, Message, Method, ServerMethod
 from ..core.problem import Problem
 from ..core.protocol import Ask, Gradient, Loop, Node, Server, loop
+from ..core.tree import leaves, rebuild
 from ..engines.faults import Fault
 from ..engines.speed import Speed
 from ..failure import Diverged
 from ..trace import Trace
 from .host import OtherKind
 from .link import Frame, Link, LinkLost, dial, machine
-from .message import DTYPES, Corrupt, Form, Header, Kind, finite, leaves, rebuild
+from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .place import Place
 from .server import forms
 from .way import taken
@@ -52,8 +53,12 @@ class Exchange(Protocol):
         """Join, or join again."""
         ...
 
-    def ask(self, msg: Message, gradients: int, note: dict[str, Any]) -> tuple[Message, list[int]]:
-        """Bring a message; the reply, and minibatches for what comes next. Raises `LinkLost` where the link is dead."""
+    def push(self, msg: Message, gradients: int, note: dict[str, Any]) -> None:
+        """Bring a message. Raises `LinkLost` where the link is dead."""
+        ...
+
+    def reply(self) -> tuple[Message, list[int]]:
+        """The reply to it, and minibatches for what comes next. Raises `LinkLost` where the link is dead."""
         ...
 
     def more(self, want: int) -> list[int]:
@@ -74,12 +79,13 @@ class Alone(Exchange):
 
     def __init__(self, method: ServerMethod, x0: Tensor) -> None:
         self.server, self.method, self.next = Server.start(method, x0), method, 0
+        self.answer: Message = ()
 
     def join(self) -> Terms:
         return Terms(0, self.method, 0, 1, 0, self.server.join(0), [])
 
-    def ask(self, msg: Message, gradients: int, note: dict[str, Any]) -> tuple[Message, list[int]]:
-        reply = self.server.visit(0, msg)[0] if finite(msg) else msg
+    def push(self, msg: Message, gradients: int, note: dict[str, Any]) -> None:
+        self.answer = reply = self.server.visit(0, msg)[0] if finite(msg) else msg
         if not finite(reply):
             raise Diverged(
                 f"visit {self.server.version}: the gradient is not finite, or would make the model so; lower the learning "
@@ -88,7 +94,9 @@ class Alone(Exchange):
                 0,
                 self.server.version,
             )
-        return reply, []
+
+    def reply(self) -> tuple[Message, list[int]]:
+        return self.answer, []
 
     def more(self, want: int) -> list[int]:
         self.next += want
@@ -127,7 +135,8 @@ class Remote(Exchange):
         self.process = secrets.token_hex(8)
         self.shards: list[_Shard] = []
         self.stopped: Callable[[], bool] = lambda: False  # whether to give up dialling
-        self.want = 1
+        self.want, self.pushed = 1, 0
+        self.oracle = False  # whether the worker keeps nothing of a reply when the next one comes
         self.beat = 1.0
         self.beating = threading.Event()
 
@@ -166,6 +175,7 @@ class Remote(Exchange):
                 raise ValueError(f"the server at {address} serves {note['method'][:100]}, which has no server")
             if self.worker is None or (not self.named and i == 0):
                 self.worker = note["worker"]
+            self.oracle = isinstance(method, GradientServer)
             shard.push, shard.reply = forms(method, part.stop - part.start, self.x0.dtype)
             if note["model"]:
                 form = Form(self.x0[part].to("meta"))
@@ -213,9 +223,9 @@ class Remote(Exchange):
         nothing = Form(torch.empty(0, device="meta"))
         return note, _Shard(link, part, head, nothing, nothing)
 
-    def _hear(self, shard: _Shard, due: dict[Kind, int], what: str) -> Frame:
+    def _hear(self, shard: _Shard, due: dict[Kind, int], what: str, lent: bool = False) -> Frame:
         """A frame that is due, or the refusal in its place as an exception."""
-        frame = shard.link.recv({**due, Kind.REFUSED: 0}, what)
+        frame = shard.link.recv({**due, Kind.REFUSED: 0}, what, lent=lent)
         if frame.header.kind == Kind.REFUSED:
             why = frame.note["why"]
             if frame.note["what"] == "diverged":
@@ -225,18 +235,21 @@ class Remote(Exchange):
             raise LinkLost(f"the server refused the last message: {why}")
         return frame
 
-    def ask(self, msg: Message, gradients: int, note: dict[str, Any]) -> tuple[Message, list[int]]:
-        self.want = note["want"]
+    def push(self, msg: Message, gradients: int, note: dict[str, Any]) -> None:
+        self.want, self.pushed = note["want"], gradients
         parts = leaves(msg)
         with self._mending():
             for shard in self.shards:
                 mine = rebuild(msg, [t[shard.part] if t.dim() else t for t in parts])
                 head = shard.head._replace(kind=Kind.PUSH, step=shard.step, gradients=gradients)
                 shard.link.send(head, shard.push.pack(mine), note)
-            replies, tickets = [], []
+
+    def reply(self) -> tuple[Message, list[int]]:
+        replies, tickets = [], []
+        with self._mending():
             for shard in self.shards:
-                frame = self._hear(shard, {Kind.REPLY: shard.reply.bytes}, "its reply")
-                shard.step += gradients
+                frame = self._hear(shard, {Kind.REPLY: shard.reply.bytes}, "its reply", lent=self.oracle)
+                shard.step += self.pushed
                 shard.head = shard.head._replace(version=frame.header.version)
                 replies.append(shard.reply.unpack(frame.payload))
                 tickets.append(frame.note["tickets"])
@@ -299,6 +312,8 @@ class Driver(ABC):
     terms: Terms
     node: Node
     request: Gradient
+    keeps = True
+    """Whether it may keep a gradient when `step` has returned; else the caller may use its memory again."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -359,6 +374,7 @@ class Worker(Driver):
         self.exchange, self.lend = exchange, lend
         self._losses: list[float] = []
         self._computes: list[float] = []
+        self._owed = 0  # gradients that were pushed, and to which no reply was taken yet
         self._begin(exchange.join())
         self._since = time.perf_counter()
 
@@ -368,11 +384,13 @@ class Worker(Driver):
         self.terms = terms
         method = self.lend(terms.method)
         assert isinstance(method, ServerMethod)
+        self.method = method
+        self.keeps = not isinstance(method, GradientServer) or isinstance(self.exchange, Alone)
         self.node = Node(terms.worker, method, method.init(terms.reply), terms.step, seed=terms.seed)
         self.loop: Loop = loop(method, self.node)
         self.request = self._gradient(next(self.loop))
         self.tickets = deque(terms.tickets)
-        self._used, self._losses, self._computes = 0, [], []
+        self._used, self._losses, self._computes, self._owed = 0, [], [], 0
 
     @staticmethod
     def _gradient(request: Any) -> Gradient:
@@ -380,8 +398,20 @@ class Worker(Driver):
         return request
 
     def more(self) -> list[int]:
-        tickets: list[int] = self._again(lambda: self.exchange.more(1))
+        def ask() -> list[int]:
+            self._catch_up()
+            return [] if self.tickets else self.exchange.more(1)
+
+        tickets: list[int] = self._again(ask)
         return tickets
+
+    def _catch_up(self) -> None:
+        """Take the reply to what was pushed, if the worker has gone on without."""
+        if self._owed:
+            reply, tickets = self.exchange.reply()
+            self._owed = 0
+            self.tickets.extend(tickets)
+            self.node.state = self.method.arrived(self.node.state, reply)
 
     def step(self, g: Tensor, loss: float) -> None:
         now = time.perf_counter()
@@ -389,32 +419,51 @@ class Worker(Driver):
         self._computes.append(now - self._since)
         request = self.loop.send(g)
         if isinstance(request, Ask):
-            count = len(self._losses)
-            note = {
-                "losses": self._losses,
-                "compute": self._computes,
-                "waited": self._waited,
-                "used": self._used,
-                "want": max(1, self._used),
-            }
             try:
-                reply, tickets = self.exchange.ask(request.msg, count, note)
+                self._catch_up()
+                self._push(request.msg)
+                reply: Message = None
+                if not self.method.late:
+                    reply, tickets = self.exchange.reply()
+                    self._owed = 0
+                    self.tickets.extend(tickets)
             except LinkLost as lost:
                 self._mend(lost)
             else:
-                self.tickets.extend(tickets)
-                self._used, self._losses, self._computes = 0, [], []
                 self.request = self._gradient(self.loop.send(reply))
         else:
             self.request = self._gradient(request)
         self._since = time.perf_counter()
         self._waited = self._since - now
 
+    def _push(self, msg: Message) -> None:
+        """Bring a message, with what there is to tell of its gradients."""
+        ahead = self.method.late and not self.tickets  # a minibatch more: the next ones come after the next gradient
+        note = {
+            "losses": self._losses,
+            "compute": self._computes,
+            "waited": self._waited,
+            "used": self._used,
+            "want": max(1, self._used) + ahead,
+        }
+        count = len(self._losses)
+        self.exchange.push(msg, count, note)
+        self._used, self._losses, self._computes, self._owed = 0, [], [], count
+
     def master(self) -> Tensor:
-        x: Tensor = self._again(self.exchange.master)
+        def ask() -> Tensor:
+            self._catch_up()
+            self.request = self.request._replace(x=self.request.x.clone())  # which may be where the answer comes
+            return self.exchange.master()
+
+        x: Tensor = self._again(ask)
         return x
 
     def leave(self, done: bool) -> None:
+        try:
+            self._catch_up()
+        except LinkLost as lost:
+            self.say(f"{lost}, while this worker was leaving")
         used = self._used if done else 0  # else somebody will use what this one has begun
         self.exchange.leave({"done": done, "used": used})
 
@@ -427,7 +476,7 @@ class Worker(Driver):
 
     def _mend(self, lost: LinkLost) -> None:
         """The link is dead: join again, as a new life that starts from the server's model."""
-        count = len(self._losses)
+        count = len(self._losses) + self._owed
         self.say(f"{lost}; dialling again ({count} gradients of this worker are lost)")
         self._begin(self.exchange.join())
 

@@ -135,6 +135,8 @@ class Sharded:
         grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
         return torch.cat([g.detach().reshape(-1) for g in grads])
 
+    gather = gradient  # which shards are not views of
+
     def put_gradient(self, g: Tensor) -> None:
         for p, part in zip(self.parameters, torch.split(g, self._sizes), strict=True):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -318,14 +318,21 @@ class _Live:
             before = [g.get_state() for g in self.generators]
             draws = _Draws(self.generators, [derive(_DRAW, *who) for who in whose]) if self.draws else None
             inputs, targets = self.minibatches(whose, draws)
-            x = torch.stack([p.x.detach() for p in points]).requires_grad_()
-            named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-            parts = torch.split(x, [p.numel() for _, p in named], 1)
-            weights = {name: part.view(n, *p.shape) for (name, p), part in zip(named, parts, strict=True)}
+            x = torch.stack([p.x.detach() for p in points])
+            sizes = [p.numel() for p in self.flat.parameters]
+            named = [name for name, p in self.module.named_parameters() if p.requires_grad]
+            parts = [
+                part.view(n, *p.shape).requires_grad_()
+                for part, p in zip(torch.split(x, sizes, 1), self.flat.parameters, strict=True)
+            ]
             buffers = {name: b.expand(n, *b.shape).clone() for name, b in self.built.items()}
             with draws or nullcontext():
-                losses = vmap(self._loss, randomness="different")(weights | buffers, inputs, targets)
-            (grads,) = torch.autograd.grad(losses.sum(), x)
+                tensors = dict(zip(named, parts, strict=True)) | buffers
+                losses = vmap(self._loss, randomness="different")(tensors, inputs, targets)
+            each = torch.autograd.grad(losses.sum(), parts, materialize_grads=True)
+            grads = torch.empty_like(x)
+            for place, part in zip(torch.split(grads, sizes, 1), each, strict=True):
+                place.view(part.shape).copy_(part)
             if draws is None and any(
                 not torch.equal(g.get_state(), b) for g, b in zip(self.generators, before, strict=True)
             ):

@@ -1,0 +1,104 @@
+"""How near is a handler to the memory's speed? Each method's update of 25 M float32 parameters against a triad.
+
+The bytes that must move are those of each vector that the handler reads, once, and of each that it makes, once; what it
+passes on unchanged (GEM's old centre, which becomes the worker's copy) need not move. They are divided by the time, and that
+by what a triad ``a = b + s c`` on vectors of the same kind makes of its three streams, measured next to it in each repeat:
+by inductor and by ``torch.add(out=)``, the faster counts. So 100 % is the triad's speed. Fused, in the fastest blocks, eager.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import offbeat as ob
+from benchmarks.measure import Row, seconds
+from offbeat.core.tree import leaves, rebuild
+from offbeat.engines.kernel import BLOCKS, Kernel, Visits, vector
+
+SIZE = int(os.environ.get("SIZE", "25_000_000"))
+REPEATS = int(os.environ.get("REPEATS", "7"))
+CPU = torch.device("cpu")
+
+
+def filled() -> torch.Tensor:
+    return vector(SIZE, torch.float32, CPU).uniform_(0.1, 1.0)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], Kernel]]]:
+    """``serve`` of the server methods, ``absorb`` of the periodic ones, ``merge`` of those that gossip in rounds."""
+    small = torch.ones(2)
+    for cls in ob.methods.all_methods():
+        schedule = {"lr": 0.1 * ob.Warmup(100)} if "lr" in cls.__dataclass_fields__ else {}
+        method = cls(**schedule)
+        if isinstance(method, ob.ServerMethod):
+            yield f"{cls.__name__}.serve", lambda method=method: Visits(method, small).serve
+            continue
+        w = method.init(small)
+        if isinstance(method, ob.PeriodicMethod):
+            args = w, method.contribute(w)
+            yield f"{cls.__name__}.absorb", lambda method=method, args=args: Kernel(method.absorb, *args)
+        elif isinstance(method, ob.RoundGossipMethod):
+            w, messages = method.send(w, {1: 0.5}, 0.5)
+            args = w, messages, {1: 0.5}, 0.5
+            yield f"{cls.__name__}.merge", lambda method=method, args=args: Kernel(method.merge, *args)
+
+
+class Triad:
+    """What this machine's memory gives to three streams."""
+
+    def __init__(self) -> None:
+        self.a, self.b, self.c = filled(), filled(), filled()
+        self.s = torch.tensor(3.0)
+        self.compiled = torch.compile(self.into, fullgraph=True, dynamic=False)
+        self.compiled(self.a, self.b, self.c, self.s)
+
+    @staticmethod
+    def into(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> None:
+        a.copy_(b + s * c)
+
+    def seconds(self) -> float:
+        """How long it takes now, the faster way."""
+        return min(
+            seconds(lambda: self.compiled(self.a, self.b, self.c, self.s)),
+            seconds(lambda: torch.add(self.b, self.c, alpha=3.0, out=self.a)),
+        )
+
+
+def measure(name: str, kernel: Kernel, triad: Triad) -> list[Row]:
+    took = kernel.warm(SIZE, repeats=1)
+    streams = kernel.reads + sum(t.dim() for t in kernel.new)
+    what = f"{name}, {kernel.reads} read, {streams - kernel.reads} written"
+    if not streams:
+        return [Row(f"{name} moves nothing", "GB/s", (0.0,))]
+    args: Any = rebuild(kernel.args, [filled() if t.dim() else t + 5 for t in leaves(kernel.args)])
+    block = min(BLOCKS, key=lambda b: took.get(f"in blocks of {b}", float("inf")))
+    bytes = 4 * SIZE * streams
+    others: dict[str, Callable[[], Any]] = {
+        f"in blocks of {block}": lambda: kernel.blocked(*args, block=block),
+        "eager": lambda: kernel.eager(*args),
+    }
+    rates: dict[str, list[float]] = {way: [] for way in ("fused", *others)}
+    roofs = []
+    for _ in range(REPEATS):
+        both = [(triad.seconds(), seconds(lambda: kernel.fused(*args))) for _ in range(4)]  # in turn, the best of each
+        roof, fused = (min(each) for each in zip(*both, strict=True))
+        roofs.append(12 * SIZE / roof)
+        rates["fused"].append(bytes / fused)
+        for way, act in others.items():
+            rates[way].append(bytes / seconds(act))
+    rows = [Row(f"{what}: fused", "GB/s", tuple(r / 1e9 for r in rates["fused"]))]
+    for way, values in rates.items():
+        rows.append(
+            Row(f"{what}: {way}", "% of triad", tuple(100 * r / roof for r, roof in zip(values, roofs, strict=True)))
+        )
+    return rows
+
+
+def run() -> list[Row]:
+    torch.set_num_threads(os.cpu_count() or 1)
+    triad = Triad()
+    return [row for name, kernel in cases() for row in measure(name, kernel(), triad)]

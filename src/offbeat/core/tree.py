@@ -1,0 +1,38 @@
+"""Trees of tensors: what states and messages are. A tensor, or a tuple (named or not) or mapping of such trees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The tensors of a message or of a state, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for part in _parts(tree) for leaf in leaves(part)]
+
+
+def rebuild(like: Any, tensors: Iterable[Any]) -> Any:
+    """What has the structure of ``like`` and these tensors (or what else is there for each)."""
+    return _build(like, iter(tensors))
+
+
+def _build(like: Any, rest: Iterator[Any]) -> Any:
+    """(No closure that calls itself: such a cycle would hold the tensors until garbage is collected.)"""
+    if isinstance(like, Tensor):
+        return next(rest)
+    if isinstance(like, Mapping):
+        return {key: _build(part, rest) for key, part in like.items()}
+    if not isinstance(like, tuple | list):
+        return like
+    parts = [_build(part, rest) for part in like]
+    return like._make(parts) if hasattr(like, "_make") else tuple(parts)
+
+
+def _parts(tree: Any) -> tuple[Any, ...]:
+    if isinstance(tree, Mapping):
+        return tuple(tree.values())
+    return tuple(tree) if isinstance(tree, tuple | list) else ()

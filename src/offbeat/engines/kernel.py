@@ -1,0 +1,285 @@
+"""Handlers at the memory's speed: one pass over the vectors where eager makes a dozen.
+
+A handler is pure and works on each element by itself. So it may be compiled into one loop, or run on blocks of the vectors
+that stay in the cache, and its results may be written to memory that earlier ones have had. Nothing is written over what it
+reads, so a visit that fails leaves everything as it was. What a handler passes on unchanged is passed on and not copied.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import operator
+import shutil
+import threading
+import time
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..core.method import Message, ServerMethod
+from ..core.tree import leaves, rebuild
+
+BLOCKS = 1 << 15, 1 << 17, 1 << 19
+"""Elements of a block; the second where nothing has been measured."""
+
+LARGE = 8_000_000
+"""Parameters from which blocks are faster than eager, whose vectors are then new pages each time. (Measured: even at 2 to 4
+million, three times as fast at 11 million, slower below a million.)"""
+
+PAGE = 1 << 20
+"""Bytes from which a vector has pages of its own."""
+
+_free: defaultdict[int, deque[mmap.mmap]] = defaultdict(lambda: deque(maxlen=8))
+
+
+def vector(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector ``[size]`` with anything in it.
+
+    Its memory goes to the next one of this size when nothing refers to it any more: no tensor, no view, no message under
+    way. So nobody says when a buffer is free, and a visit costs no page faults. On Linux its pages are huge. (On a GPU
+    torch's own allocator is of this kind.)
+    """
+    length = size * dtype.itemsize
+    if device.type != "cpu" or length < PAGE or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(size, dtype=dtype, device=device)
+    free = _free[length]
+    try:
+        memory = free.pop()
+    except IndexError:
+        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(memory)  # which the tensor's storage holds, and nobody else
+    weakref.finalize(view, free.append, memory).atexit = False
+    return torch.frombuffer(view, dtype=dtype)
+
+
+class Kernel:
+    """A pure handler for arguments of one structure, run in one of three ways that give the same to rounding: `eager`,
+    `blocked` and `fused`. A call goes the way that `warm` has found the fastest, and is `exact` until then.
+
+    Arguments and results are trees of tensors, each 0-dim or of one length [d]. Results that are no argument are new
+    vectors (`vector`) or scalars. 0-dim results of a handler that `adds` are sums over elements.
+    """
+
+    def __init__(self, handler: Callable[..., Any], *args: Any, adds: bool = False) -> None:
+        """``args`` are of the structure, dtypes and device that calls will have, and may be of any length."""
+        self.handler, self.adds = handler, adds
+        inputs = [t[:2].clone() if t.dim() else t.clone() for t in leaves(args)]  # all distinct
+        self.args = rebuild(args, inputs)
+        self.result = handler(*self.args)
+        known = inputs.copy()
+        for t in leaves(self.result):
+            if not any(t is other for other in known):
+                known.append(t)
+        self.new = known[len(inputs) :]
+        """What a call makes: the results that are no argument, each once."""
+        self.place = [next(k for k, other in enumerate(known) if t is other) for t in leaves(self.result)]
+        self.size = 0
+        self.reads = 0
+        """Vectors that a call reads, once it is compiled; what is only passed on is not read."""
+        self.way: Callable[..., Any] = self.exact
+        self._fused: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        return self.way(*args)
+
+    def eager(self, *args: Any) -> Any:
+        """The handler as it is written."""
+        return self.handler(*args)
+
+    def blocked(self, *args: Any, block: int = BLOCKS[1]) -> Any:
+        """Block by block: exact, as a handler works on each element by itself. No compiler is needed."""
+        inputs = leaves(args)
+        size = next((len(t) for t in inputs if t.dim()), 0)
+        if size <= block:
+            return self.eager(*args)
+        out = self._vectors(size)
+        rows = []
+        for begin in range(0, size, block):
+            part = slice(begin, begin + block)
+            pieces = [t[part] if t.dim() else t for t in inputs]
+            new = self._made(pieces, self.handler(*rebuild(args, pieces)))
+            for whole, t in zip(out, [t for t in new if t.dim()], strict=True):
+                whole[part].copy_(t)
+            rows.append([t for t in new if not t.dim()])
+        scalars = [reduce(operator.add, column) for column in zip(*rows, strict=True)] if self.adds else rows[0]
+        return self._answer(inputs, out, scalars)
+
+    def exact(self, *args: Any) -> Any:
+        """Eager, or in blocks where these are faster: by the size, so that two runs have the same bits."""
+        large = any(len(t) >= LARGE and t.is_cpu for t in leaves(args) if t.dim())
+        return self.blocked(*args) if large else self.eager(*args)
+
+    def fused(self, *args: Any) -> Any:
+        """As one compiled loop; `warm` compiles it, for one length."""
+        assert self._fused is not None, "call warm(size) first"
+        inputs = leaves(args)
+        size = next((len(t) for t in inputs if t.dim()), 0)
+        if size != self.size:
+            raise ValueError(f"a kernel for vectors of {self.size} numbers was given {size}: warm one up for these")
+        out = self._vectors(size)
+        return self._answer(inputs, out, self._fused(inputs, out))
+
+    def warm(self, size: int, repeats: int = 3) -> dict[str, float]:
+        """Compile for vectors [size], race all ways, and take the fastest: the best seconds of each, eager first.
+
+        Raises whatever a compiler raises; calls go the fastest of the other ways then.
+        """
+        inputs = [vector(size, t.dtype, t.device).fill_(1) if t.dim() else t for t in leaves(self.args)]
+        args = rebuild(self.args, inputs)
+        ways: dict[str, Callable[..., Any]] = {"eager": self.eager}
+        for block in BLOCKS:
+            if block < size:
+                ways[f"in blocks of {block}"] = lambda *a, block=block: self.blocked(*a, block=block)
+        seconds = dict.fromkeys(ways, math.inf)
+        try:
+            self._compile(size)
+            ways["fused"] = self.fused
+            seconds["fused"] = math.inf
+            self.fused(*args)  # compiles
+        finally:
+            for _ in range(repeats):
+                for name in [name for name in ways if self._fused or name != "fused"]:
+                    start = time.perf_counter()
+                    ways[name](*args)
+                    if self.new and self.new[0].is_cuda:
+                        torch.cuda.synchronize()
+                    seconds[name] = min(seconds[name], time.perf_counter() - start)
+            self.way = ways[min(seconds, key=lambda name: seconds[name])]
+        return seconds
+
+    # parts
+
+    def _vectors(self, size: int) -> list[Tensor]:
+        return [vector(size, t.dtype, t.device) for t in self.new if t.dim()]
+
+    def _made(self, inputs: list[Tensor], result: Any) -> list[Tensor]:
+        """Those leaves of a result that are new, in the order of `new`."""
+        made: dict[int, Tensor] = {}
+        for k, t in zip(self.place, leaves(result), strict=True):
+            if k >= len(inputs):
+                made.setdefault(k, t)
+        return [made[k] for k in sorted(made)]
+
+    def _answer(self, inputs: list[Tensor], vectors: list[Tensor], scalars: list[Tensor]) -> Any:
+        """The result that is made of arguments, new vectors and new scalars."""
+        v, s = iter(vectors), iter(scalars)
+        known = inputs + [next(v) if t.dim() else next(s) for t in self.new]
+        return rebuild(self.result, [known[k] for k in self.place])
+
+    def _compile(self, size: int) -> None:
+        """The handler as two programs: its scalars, in double precision and once, and one loop over the vectors."""
+        from torch._subclasses import FakeTensorMode  # which take a second to import
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        like = leaves(self.args)
+        if any(t.is_cpu for t in like) and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+            raise RuntimeError("no C++ compiler was found")
+        with FakeTensorMode():
+            fake = [torch.empty(size if t.dim() else (), dtype=t.dtype, device=t.device) for t in like]
+            traced = make_fx(lambda *into: self._made(list(into), self.handler(*rebuild(self.args, list(into)))))(*fake)
+        traced.graph.eliminate_dead_code()
+        used = [bool(n.users) for n in traced.graph.nodes if n.op == "placeholder"]
+        self.reads = sum(u and t.dim() for u, t in zip(used, like, strict=True))
+        self._fused, self.size = _program(traced), size
+
+
+def _program(traced: fx.GraphModule) -> Callable[[list[Tensor], list[Tensor]], list[Tensor]]:
+    """What is computed of scalars alone apart from the loop over the vectors, in which it would be done for each element.
+
+    It takes all inputs and the vectors to write to, and gives the new scalars.
+    """
+    *nodes, end = traced.graph.nodes
+    new: list[fx.Node] = list(end.args[0])
+    flat = {n: isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].dim() for n in nodes}
+    alone: set[fx.Node] = set()
+    for n in nodes:
+        if flat[n] and all(m in alone for m in n.all_input_nodes):
+            alone.add(n)
+    crossing = [n for n in nodes if n in alone and any(user not in alone and user is not end for user in n.users)]
+    vectors = [n for n in new if not flat[n]]
+    early, late = ([n for n in new if flat[n] and (n in alone) == so] for so in (True, False))
+
+    first, second = fx.Graph(), fx.Graph()
+    head: dict[fx.Node, fx.Node] = {}
+    for n in nodes:
+        if n in alone:
+            head[n] = first.node_copy(n, head.__getitem__)
+    first.output(tuple(head[n] for n in early + crossing))
+    body: dict[fx.Node, fx.Node] = {}
+    for k, n in enumerate([n for n in nodes if n.op == "placeholder" and n not in alone] + crossing):
+        body[n] = second.placeholder(f"in{k}")
+    out = [second.placeholder(f"out{k}") for k in range(len(vectors))]
+    for n in nodes:
+        if n not in alone and n not in body:
+            body[n] = second.node_copy(n, body.__getitem__)
+    for buffer, n in zip(out, vectors, strict=True):
+        second.call_function(torch.ops.aten.copy_.default, (buffer, body[n]))
+    second.output(tuple(body[n] for n in late))
+
+    scalars = fx.GraphModule(traced, first)
+    loop = torch.compile(fx.GraphModule(traced, second), fullgraph=True, dynamic=False)
+    order = [(early + late).index(n) for n in new if flat[n]]
+
+    def run(inputs: list[Tensor], buffers: list[Tensor]) -> list[Tensor]:
+        found = scalars(*[t for t in inputs if not t.dim()])
+        mine, crossing = found[: len(early)], found[len(early) :]
+        # each a tensor of its own: else every way in which arguments can be the same tensor is compiled apart
+        sums = loop(*[t.detach() for t in inputs if t.dim()], *(t.detach() for t in crossing), *buffers)
+        every = [*mine, *sums]
+        return [every[k] for k in order]
+
+    return run
+
+
+_kernels: dict[Any, Kernel] = {}
+_alone = threading.Lock()
+
+
+def kernel(handler: Callable[..., Any], *args: Any, adds: bool = False) -> Kernel:
+    """The kernel of a method's handler for arguments like ``args``: one in a process for each method (a value), handler,
+    structure, dtype and device."""
+    parts = [(t.dim(), t.dtype, t.device) for t in leaves(args)]
+    key = getattr(handler, "__self__", None), getattr(handler, "__func__", handler), repr(rebuild(args, parts)), adds
+    with _alone:
+        if key not in _kernels:
+            _kernels[key] = Kernel(handler, *args, adds=adds)
+        return _kernels[key]
+
+
+class Visits:
+    """The visits of a `ServerMethod` at models of one size: ``serve``, and the sums that it needs, as kernels."""
+
+    def __init__(self, method: ServerMethod, x: Tensor) -> None:
+        """For models like ``x`` [d]."""
+        self.size = len(x)
+        small = torch.ones(2, dtype=x.dtype, device=x.device)
+        s, own, reply = method.admit(method.init_server(small))
+        msg = method.push(method.local(method.init(reply), small))
+        sums = method.sums(s, own, msg)
+        self.sums = kernel(method.sums, s, own, msg, adds=True) if sums else None
+        self.serve = kernel(method.serve, s, own, msg, *sums)
+
+    def __call__(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
+        """What ``serve`` gives, the fastest way."""
+        new: tuple[Any, Any, Message] = self.serve(s, own, msg, *(self.sums(s, own, msg) if self.sums else ()))
+        return new
+
+    def exact(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
+        """What ``serve`` gives, whatever has been compiled or measured: the same bits each time."""
+        sums = self.sums.exact(s, own, msg) if self.sums else ()
+        new: tuple[Any, Any, Message] = self.serve.exact(s, own, msg, *sums)
+        return new
+
+    def warm(self) -> dict[str, float]:
+        """Compile and race; the best seconds of each way. Raises what a compiler raises."""
+        seconds = self.serve.warm(self.size)
+        extra = self.sums.warm(self.size) if self.sums else {}
+        return {way: s + extra.get(way, 0.0) for way, s in seconds.items()}
