@@ -13,12 +13,12 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from offbeat.runtime.kernel import Kernel
 from torch import nn
 from torch.nn import functional as F
 
 import offbeat as ob
-from offbeat.runtime.message import leaves
+from offbeat.core.tree import leaves, rebuild
+from offbeat.engines.kernel import Visits
 from offbeat.tasks import Supervised
 from offbeat.tasks.cifar import crop_and_flip
 from offbeat.tasks.resnet import resnet20
@@ -91,37 +91,36 @@ def training(problem: Supervised, workers: int, gradients: int, repeats: int) ->
 
 def kernels(device: str, size: int, repeats: int) -> list[Row]:
     """Bytes that each server method's kernel reads and writes in a second, over those of a copy, in turn."""
-    x = torch.zeros(size, device=device)
-    source, target = torch.ones_like(x), torch.empty_like(x)
+    source = torch.ones(size, device=device)
+    target = torch.empty_like(source)
     rows = []
     for cls in ob.methods.all_methods():
         if not issubclass(cls, ob.ServerMethod):
             continue
-        method = cls()
+        group = f"serve / copy, {size:,} float32"
         try:
-            kernel = Kernel(method, x)
+            kernel = Visits(cls(), source).serve
+            kernel.warm(size, repeats=1)
         except Exception as error:  # compilers raise nearly anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            rows.append(Row(cls.__name__, "x", (math.nan,), "serve / copy", reason[:100]))
+            rows.append(Row(cls.__name__, "x", (math.nan,), group, reason[:100]))
             continue
-        s, own, reply = method.admit(method.init_server(x))
-        push = method.push(method.local(method.init(reply), torch.zeros_like(x)))
-        bytes_moved = [0]
+        args = rebuild(kernel.args, [torch.ones_like(source) if t.dim() else t for t in leaves(kernel.args)])
+        moved = kernel.reads + sum(t.dim() for t in kernel.new)
+        if not moved:
+            rows.append(Row(cls.__name__, "x", (math.nan,), group, "it moves nothing"))
+            continue
 
-        def visit(kernel=kernel, args=(s, own, push), moved=bytes_moved) -> None:
-            new = kernel(*args)
-            moved[0] = sum(t.nbytes for t in (*leaves(args), *leaves(new)))
-            for part, value in enumerate(new):
-                kernel.spare(part, value)
-            settle(x.device)
+        def visit(kernel=kernel, args=args) -> None:
+            kernel.fused(*args)
+            settle(source.device)
 
         def copy() -> None:
             target.copy_(source)
-            settle(x.device)
+            settle(source.device)
 
-        visit(), copy()
-        shares = tuple(bytes_moved[0] / seconds(visit) / (2 * source.nbytes / seconds(copy)) for _ in range(repeats))
-        rows.append(Row(cls.__name__, "x", shares, f"serve / copy, {size:,} float32", aim=1.0))
+        shares = tuple(moved / 2 * seconds(copy) / seconds(visit) for _ in range(repeats))
+        rows.append(Row(cls.__name__, "x", shares, group, aim=1.0))
     return rows
 
 
