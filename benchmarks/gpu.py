@@ -90,36 +90,37 @@ def training(problem: Supervised, workers: int, gradients: int, repeats: int) ->
 
 
 def kernels(device: str, size: int, repeats: int) -> list[Row]:
-    """Bytes that each server method's kernel must move in a second, over those that a copy moves, in turn."""
-    source = torch.zeros(size, device=device)
+    """Bytes that each server method's kernel reads and writes in a second, over those of a copy, in turn."""
+    source = torch.ones(size, device=device)
     target = torch.empty_like(source)
     rows = []
     for cls in ob.methods.all_methods():
         if not issubclass(cls, ob.ServerMethod):
             continue
-        kernel = Visits(cls(), source).serve
+        group = f"serve / copy, {size:,} float32"
         try:
-            kernel.warm(size)
+            kernel = Visits(cls(), source).serve
+            kernel.warm(size, repeats=1)
         except Exception as error:  # compilers raise nearly anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            rows.append(Row(cls.__name__, "x", (math.nan,), "serve / copy", reason[:100]))
+            rows.append(Row(cls.__name__, "x", (math.nan,), group, reason[:100]))
             continue
-        args = rebuild(kernel.args, [source.clone() if t.dim() else t for t in leaves(kernel.args)])
-        streams = kernel.reads + sum(t.dim() for t in kernel.new)
-        if not streams:  # nothing has to move
+        args = rebuild(kernel.args, [torch.ones_like(source) if t.dim() else t for t in leaves(kernel.args)])
+        moved = kernel.reads + sum(t.dim() for t in kernel.new)
+        if not moved:
+            rows.append(Row(cls.__name__, "x", (math.nan,), group, "it moves nothing"))
             continue
 
         def visit(kernel=kernel, args=args) -> None:
-            kernel(*args)
+            kernel.fused(*args)
             settle(source.device)
 
         def copy() -> None:
             target.copy_(source)
             settle(source.device)
 
-        visit(), copy()
-        shares = tuple(streams / seconds(visit) / (2 / seconds(copy)) for _ in range(repeats))
-        rows.append(Row(cls.__name__, "x", shares, f"serve / copy, {size:,} float32", aim=1.0))
+        shares = tuple(moved / 2 * seconds(copy) / seconds(visit) for _ in range(repeats))
+        rows.append(Row(cls.__name__, "x", shares, group, aim=1.0))
     return rows
 
 

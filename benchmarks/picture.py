@@ -37,8 +37,10 @@ def draw(record: Record, theme: Theme) -> Figure:
     for axes, (unit, rows) in zip(grid[:, 0], units, strict=True):
         panel(axes, unit, rows, theme)
     colours = {colour(row, theme): meaning(row) for row in record.rows if not math.isnan(row.median)}
-    if len(colours) > 1:
-        dots = [Line2D([], [], marker="o", ls="", color=c, ms=6.5, label=text) for c, text in colours.items()]
+    dots = [Line2D([], [], marker="o", ls="", color=c, ms=6.5, label=text) for c, text in colours.items()]
+    if any(marked(row) for row in record.rows):
+        dots.append(Line2D([], [], marker="|", ls="", color=theme.colours[2], ms=11, mew=2, label="aim"))
+    if len(dots) > 1:
         figure.legend(handles=dots, loc="outside lower right", ncols=len(dots), frameon=False, fontsize=9.5)
     return figure
 
@@ -48,6 +50,11 @@ def meaning(row: Row) -> str:
     if row.peer:
         return "others"
     return "offbeat, short of the aim" if row.missed else "offbeat"
+
+
+def marked(row: Row) -> bool:
+    """Whether its aim has a mark of its own: that of being as fast is the line at 1."""
+    return row.aim is not None and not (row.unit == "x" and row.aim == 1)
 
 
 def colour(row: Row, theme: Theme) -> str:
@@ -72,7 +79,7 @@ def panel(axes: Axes, unit: str, rows: Sequence[Row], theme: Theme) -> None:
     if measured and 0 < least < most / LOGARITHMIC:
         axes.set_xscale("log")
         axes.set_xlim(least / 1.5, most * 1.8)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 100 * least else (1,)))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.set_xlim(min(0.0, 1.1 * least), 1.12 * most)
@@ -92,12 +99,17 @@ def panel(axes: Axes, unit: str, rows: Sequence[Row], theme: Theme) -> None:
     if unit == "x":
         axes.axvline(1, color=theme.ink, lw=0.9, zorder=1)
     axes.set_ylim(height - 0.4, -0.6)
-    axes.set_yticks([y for y, _ in labels], [row.what for _, row in labels])
+    axes.set_yticks([y for y, _ in labels], [textwrap.fill(row.what, 42) for _, row in labels])
+    for label in axes.get_yticklabels():
+        if "\n" in label.get_text():
+            label.set(size=8.5, linespacing=0.95)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
     axes.set_axisbelow(True)
     axes.set_xlabel("times" if unit == "x" else unit)
+    if not measured:
+        axes.set_xticks([])
 
 
 def bar(axes: Axes, row: Row, height: float, theme: Theme) -> None:
@@ -118,8 +130,8 @@ def bar(axes: Axes, row: Row, height: float, theme: Theme) -> None:
         [row.low, row.high], [height] * 2, color=colour(row, theme), alpha=0.35, lw=7, solid_capstyle="round", zorder=2
     )
     axes.plot(row.median, height, "o", color=colour(row, theme), ms=6.5, mec=theme.paper, mew=1, zorder=4)
-    if row.aim is not None and row.aim != 1:
-        axes.plot(row.aim, height, "|", color=theme.colours[1], ms=13, mew=2, zorder=3)
+    if marked(row):
+        axes.plot(row.aim, height, "|", color=theme.colours[2], ms=11, mew=2, zorder=3)
     box = {"facecolor": theme.paper, "edgecolor": "none", "pad": 0.8}  # over lines of the grid
     style = {"color": colour(row, theme), "size": 9, "va": "center", "bbox": box}
     axes.annotate(show(row.median), (row.high, height), (8, 0), textcoords="offset points", **style)

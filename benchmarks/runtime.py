@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from offbeat.runtime.kernel import SMALLEST
 from torch import Tensor
 
 import offbeat as ob
@@ -29,7 +28,7 @@ from offbeat.runtime.gloo import GlooLink
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import SharedLink
 from offbeat.runtime.place import Place
-from offbeat.runtime.server import RunServer
+from offbeat.runtime.server import LARGE, RunServer
 from offbeat.runtime.worker import Remote, Worker
 
 from .measure import Row
@@ -77,7 +76,7 @@ def ours(transport: str, d: int, workers: int, count: int) -> list[float]:
         for process in crew:
             process.start()
         try:
-            if d >= SMALLEST and not compiled.wait(120):
+            if d >= LARGE and not compiled.wait(120):
                 raise RuntimeError("the server did not say within 120 s whether visits are compiled")
             seconds = []
             for _ in range(REPEATS):
