@@ -176,13 +176,14 @@ def test_a_schedule_compiles_once() -> None:
 
 
 def test_a_kernel_is_made_once_for_each_value() -> None:
-    def served(method: ob.ServerMethod, dtype: torch.dtype = torch.float32) -> Kernel:
-        return Visits(method, torch.zeros(D, dtype=dtype)).serve
+    def served(method: ob.ServerMethod, dtype: torch.dtype = torch.float32, d: int = D) -> Kernel:
+        return Visits(method, torch.zeros(d, dtype=dtype)).serve
 
     assert served(ob.DanaZero(0.1)) is served(ob.DanaZero(0.1))
     assert served(ob.DanaZero(0.1)) is not served(ob.DanaZero(0.2))
     assert served(ob.DanaZero(0.1)) is not served(ob.DanaGA(0.1))
     assert served(ob.DanaZero(0.1)) is not served(ob.DanaZero(0.1), torch.float64)
+    assert served(ob.DanaZero(0.1)) is not served(ob.DanaZero(0.1), d=D + 1), "each is compiled for one length"
 
 
 def test_without_a_compiler_a_visit_goes_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

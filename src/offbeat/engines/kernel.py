@@ -141,12 +141,11 @@ class Kernel:
         seconds = dict.fromkeys(ways, math.inf)
         try:
             self._compile(size)
-            ways["fused"] = self.fused
-            seconds["fused"] = math.inf
             self.fused(*args)  # compiles
+            ways["fused"], seconds["fused"] = self.fused, math.inf
         finally:
             for _ in range(repeats):
-                for name in [name for name in ways if self._fused or name != "fused"]:
+                for name in ways:
                     start = time.perf_counter()
                     ways[name](*args)
                     if self.new and self.new[0].is_cuda:
@@ -243,11 +242,17 @@ _kernels: dict[Any, Kernel] = {}
 _alone = threading.Lock()
 
 
-def kernel(handler: Callable[..., Any], *args: Any, adds: bool = False) -> Kernel:
-    """The kernel of a method's handler for arguments like ``args``: one in a process for each method (a value), handler,
-    structure, dtype and device."""
+def kernel(handler: Callable[..., Any], *args: Any, size: int = 0, adds: bool = False) -> Kernel:
+    """The kernel of a method's handler for arguments like ``args`` and vectors [size]: one in a process for each method (a
+    value), handler, structure, size, dtype and device."""
     parts = [(t.dim(), t.dtype, t.device) for t in leaves(args)]
-    key = getattr(handler, "__self__", None), getattr(handler, "__func__", handler), repr(rebuild(args, parts)), adds
+    key = (
+        getattr(handler, "__self__", None),
+        getattr(handler, "__func__", handler),
+        repr(rebuild(args, parts)),
+        size,
+        adds,
+    )
     with _alone:
         if key not in _kernels:
             _kernels[key] = Kernel(handler, *args, adds=adds)
@@ -264,8 +269,8 @@ class Visits:
         s, own, reply = method.admit(method.init_server(small))
         msg = method.push(method.local(method.init(reply), small))
         sums = method.sums(s, own, msg)
-        self.sums = kernel(method.sums, s, own, msg, adds=True) if sums else None
-        self.serve = kernel(method.serve, s, own, msg, *sums)
+        self.sums = kernel(method.sums, s, own, msg, size=self.size, adds=True) if sums else None
+        self.serve = kernel(method.serve, s, own, msg, *sums, size=self.size)
 
     def __call__(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
         """What ``serve`` gives, the fastest way."""
