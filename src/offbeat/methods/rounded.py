@@ -25,7 +25,7 @@ class Rounded(Around):
 
     Micikevicius et al. Mixed Precision Training. ICLR 2018. arXiv:1710.03740.
     Differences from the paper: only what is sent is rounded, to the nearest, with no scale. The relative error of each
-    number is at most 2^-9 in bfloat16, which has float32's range, and 2^-11 in float16 for sizes from 6e-5 to 65504;
+    number is at most 2^-8 in bfloat16, which has float32's range, and 2^-11 in float16 for sizes from 6e-5 to 65504;
     smaller ones lose digits, and a larger one becomes infinite, which the server refuses as it does all that is not
     finite. A worker's point is so far from the one that was sent, and a correction that compares the two does not see
     that. What is sent along as a number of its own (a step, a length) is not rounded.
