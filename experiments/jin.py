@@ -99,7 +99,7 @@ def reach(name: str, n: int, lr: float, seed: int, goal: Goal, limit: float = ma
             if now[1] <= goal.loss or now[0] > limit:
                 raise Over
 
-    simulation = Simulation(METHODS[name](lr), task, cluster, goal.gradients, seed, n, watch)
+    simulation = Simulation(METHODS[name](lr), task, cluster, goal.gradients, seed, n, watch=watch)
     try:
         simulation.run()
     except ob.Diverged:

@@ -153,6 +153,8 @@ class Simulate(Command):
     """Part of the run over which the learning rate rises to its full value, 0 to 1."""
     seed: int = 0
     """Drives the task (weights, order of the data) and the cluster."""
+    lanes: Annotated[int | None, arg(help_behavior_hint="(default: measured)")] = None
+    """Gradients of workers in flight that are taken in one call; the same number gives the same bits."""
     out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: runs/METHOD-TASK-WORKERSw)")] = None
     """Where trace, summary and page go."""
 
@@ -174,7 +176,7 @@ class Simulate(Command):
             method = warmed(self.settings, self.warmup, self.gradients, workers)
             task = replace(self.data, seed=self.seed)
             every = max(1, self.gradients // self.evaluations)
-            simulation = Simulation(method, task, self.cluster, self.gradients, self.seed, every)
+            simulation = Simulation(method, task, self.cluster, self.gradients, self.seed, every, self.lanes)
         folder = _folder(self.out or Path("runs") / f"{name}-{self.task}-{workers}w")
         figures: dict[str, float] = {}
         failure, message, status = "", "", 0

@@ -184,16 +184,22 @@ class Grid:
         """What runs the cells with this many workers."""
         return Cluster(workers, self.speed, network=self.network, faults=self.faults)
 
-    def prepare(self, key: Key, task: Problem | None = None, lanes: int | None = 1) -> Simulation:
-        """The run of a cell, about to start; ``task`` is the grid's with the cell's seed, if it is there already."""
+    def prepare(self, key: Key, lanes: int | None = 1) -> Simulation:
+        """The run of a cell, about to start; cells share their data."""
         method = warmed(self.lineup[key.label], self.warmup, self.gradients, key.workers)
-        task = task or cast(Problem, replace(cast(Any, self.task), seed=key.seed))
+        task = self._task(key.seed)
         every = max(1, self.gradients // self.evaluations)
         return Simulation(method, task, self.cluster(key.workers), self.gradients, key.seed, every, lanes)
 
+    def _task(self, seed: int) -> Problem:
+        """The task with this seed."""
+        if isinstance(self.task, Batched):
+            return self.task.reseeded(seed)
+        return cast(Problem, replace(cast(Any, self.task), seed=seed))
+
     def lanes(self) -> dict[int, int]:
         """How many gradients the runs with each number of workers take in one call: what is measured to be faster."""
-        task = cast(Problem, replace(cast(Any, self.task), seed=self.seeds[0]))
+        task = self._task(self.seeds[0])
         cells, x = len(self.keys) // len(self.workers), task.x0()
         with _threads(1):
             return {
@@ -279,10 +285,7 @@ def compare(grid: Grid, *, jobs: int | None = None, watch: Callable[[Cell], None
 
 def _cells(grid: Grid, lanes: dict[int, int], keys: list[Key]) -> list[Cell]:
     """Cells that differ in their seeds only, run side by side."""
-    first = grid.prepare(keys[0], lanes=lanes[keys[0].workers])
-    runs = [first]
-    for key in keys[1:]:
-        runs.append(grid.prepare(key, cast(Batched, first.problem).reseeded(key.seed), first.lanes))
+    runs = [grid.prepare(key, lanes[key.workers]) for key in keys]
     return [_cell(key, run) for key, run in zip(keys, together(runs), strict=True)]
 
 
