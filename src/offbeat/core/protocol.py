@@ -245,7 +245,9 @@ class Server:
     """The server of a `ServerMethod`, without any transport: who is seated, the shared state, and a version.
 
     The version counts visits served; ``seen`` is the version from which each worker's next message will be made, so its lag
-    is ``version - seen[worker]``; ``sent`` the one that it last received, which a method that is `late` uses next. ``clock`` counts each worker's visits, for methods that make replies wait. Not thread-safe: an engine calls it under its own lock.
+    is ``version - seen[worker]``; ``sent`` the one that it last received, kept for a method that is `late` and uses it
+    next. ``clock`` counts each worker's visits, for methods that make replies wait. Not thread-safe: an engine calls it
+    under its own lock.
     """
 
     method: ServerMethod
@@ -270,7 +272,7 @@ class Server:
             raise ValueError(f"worker {worker} is already seated: a worker leaves before it joins again")
         self.state, self.own[worker], reply = self.method.admit(self.state)
         self.seen[worker] = self.sent[worker] = self.version
-        self.clock[worker] = min(self.clock.values(), default=0)
+        self.clock[worker] = min(self.clock.values(), default=0) if self.method.gated else 0
         return reply
 
     def leave(self, worker: int) -> dict[int, Message]:
@@ -287,9 +289,12 @@ class Server:
         """Apply what ``worker`` brings: the states move together. Returns its reply, which may have to wait."""
         self.state, self.own[worker], reply = (self.handle or self.method.serve)(self.state, self.own[worker], msg)
         self.version += 1
-        self.seen[worker] = self.sent[worker] if self.method.late else self.version
-        self.sent[worker] = self.version
-        self.clock[worker] += 1
+        if self.method.late:
+            self.seen[worker], self.sent[worker] = self.sent[worker], self.version
+        else:
+            self.seen[worker] = self.version
+        if self.method.gated:
+            self.clock[worker] += 1
         return reply
 
     def visit(self, worker: int, msg: Message) -> dict[int, Message]:
