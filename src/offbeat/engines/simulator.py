@@ -182,13 +182,13 @@ def _side_by_side(simulations: list[Simulation]) -> dict[Simulation, Run | Failu
 
     def go(simulation: Simulation) -> None:
         try:
-            wants[simulation] = simulation.proceed()
+            wants[simulation] = simulation.proceed(alone=lanes.most == 1)
             if wants[simulation]:
                 return
-            simulation.trace.header["lanes"] = lanes.most or 1
             came[simulation] = simulation.end()
         except Failure as failure:
             came[simulation] = failure
+        simulation.trace.header["lanes"] = lanes.most or 1
         wants.pop(simulation, None)
 
     for simulation in simulations:
@@ -260,7 +260,7 @@ class Simulation:
         self.sizes: dict[int, float] = {}
         self.kept: list[Message] = []  # so that no other takes its place
         self.finishing = self._finish  # bound once
-        self.wanting = False  # a gradient, before anything else can happen
+        self.wanting: _Worker | None = None  # a gradient, before anything else can happen
         self.trace = Trace(
             {
                 "engine": "simulator",
@@ -296,16 +296,18 @@ class Simulation:
         for node in nodes:
             self._start(node, node.id)
 
-    def proceed(self) -> list[_Worker]:
-        """Let things happen until a gradient is needed: those in flight that have none yet, the one needed first.
+    def proceed(self, alone: bool) -> list[_Worker]:
+        """Let things happen until a gradient is needed: whose, and unless ``alone`` all in flight that have none, by time.
 
         Empty when nothing happens any more. Raises a `Failure`.
         """
         while self.clock.step():
             if self.wanting:
-                self.wanting = False
+                wanting, self.wanting = self.wanting, None
+                if alone:
+                    return [wanting]
                 wants = [w for w in self.workers.values() if w.flying and w.ahead is None]
-                return sorted(wants, key=lambda w: (w.due, w.node.id))
+                return sorted(wants, key=lambda w: (w.due, w is not wanting, w.node.id))
         return []
 
     def end(self) -> Run:
@@ -429,7 +431,7 @@ class Simulation:
             return  # it crashed meanwhile
         taken = worker.ahead or self.nothing
         if taken is None:
-            self.wanting = True
+            self.wanting = worker
             self.clock.at(self.clock.now, -1, self._finish, worker)  # next
             return
         if self.evaluate_every:
