@@ -20,7 +20,7 @@ from benchmarks.measure import Row, ratio, seconds
 from offbeat.engines.clock import Clock
 
 EVENTS = 200_000
-GRADIENTS = 100_000
+GRADIENTS = 50_000
 WORKERS = (16, 1_024, 10_000)
 SPEED = ob.Gamma(1.0, 0.1)
 CARDS = ob.Network(latency=50e-6, bandwidth=1.25e9)

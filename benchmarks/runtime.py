@@ -155,12 +155,14 @@ def run() -> list[Row]:
         for name, d in SIZES.items():
             count = max(3, min(400, 100_000_000 // d))
             alone = theirs(transport, d, count)
-            rows.append(Row(f"bare {transport}, {name}", "round trips/s", tuple(1 / s for s in alone)))
+            group = f"{transport}, {name} parameters"
+            rows.append(Row("the bare transport", "round trips/s", tuple(1 / s for s in alone), group, peer=True))
             for workers in WORKERS:
                 each = ours(transport, d, workers, max(2, count // workers))
-                rows.append(Row(f"{transport}, {name}, {workers} workers", "exchanges/s", tuple(1 / s for s in each)))
+                crowd = f"{workers} worker{'s' * (workers > 1)}"
+                rows.append(Row(crowd, "exchanges/s", tuple(1 / s for s in each), group))
                 pairs = zip(sorted(alone), sorted(each), strict=True)
-                rows.append(Row(f"{transport}, {name}, {workers} workers / bare", "x", tuple(a / s for a, s in pairs)))
+                rows.append(Row(f"{crowd} / bare", "x", tuple(a / s for a, s in pairs), group))
     torch.set_num_threads(threads)
     return rows
 

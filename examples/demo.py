@@ -80,7 +80,7 @@ def synchronous(task: ob.Problem, gradients: int, seconds: float, slow: float, o
     told = [json.loads((out / f"rank-{i}.json").read_text()) for i in range(WORKERS)]
     for step, moments in enumerate(zip(*told, strict=True)):
         for i, (now, loss) in enumerate(moments):
-            trace.add(ob.Event(now, i, step, 0, 0.0, 0.0, loss, {}))
+            trace.add(ob.Event(now, i, step, 0, 0.0, 0.0, loss))
     for now, done, x in torch.load(out / "points.pt", weights_only=True):
         trace.note(Evaluation(now, done, task.evaluate(x)))
     return trace

@@ -455,6 +455,9 @@ def test_a_message_has_the_size_of_its_tensors(
 def test_half_the_bytes_are_as_good_as_twice_the_bandwidth(cls: type[ob.Method]) -> None:
     """float32 instead of float64 changes what messages cost and not their values: the same bits but for bytes."""
     half, fast = (simulate(calm(cls), n) for n in (Network(0.1, 50.0, dtype="float32"), Network(0.1, 100.0)))
+    if cls is ob.methods.Rounded:  # whose messages stay as they are
+        assert half.trace.column("sent").equal(fast.trace.column("sent"))
+        return
     assert [e._replace(sent=2 * e.sent) for e in half.trace] == list(fast.trace)
     assert torch.equal(half.x, fast.x)
 

@@ -293,8 +293,7 @@ class Server:
             self.seen[worker], self.sent[worker] = self.sent[worker], self.version
         else:
             self.seen[worker] = self.version
-        if self.method.gated:
-            self.clock[worker] += 1
+        self.clock[worker] += 1
         return reply
 
     def visit(self, worker: int, msg: Message) -> dict[int, Message]:

@@ -63,7 +63,8 @@ class Network:
     duplex: Literal["full", "half"] = "full"
     """Whether a card sends and receives at the same time (full) or takes turns (half)."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
-    """What the floats of a message are sent as; None: as they are. It changes what messages cost, not their values."""
+    """What the floats of a message are sent as; None, or where a method has rounded them to half precision: as they are. It
+    changes what messages cost, not their values."""
     links: tuple[Link, ...] = ()
     """Exceptions: links that differ."""
 
@@ -93,8 +94,10 @@ class Network:
     def size(self, message: Message, scale: float = 1.0) -> float:
         """How many bytes ``message`` has; ``scale`` is how many numbers each entry of a vector stands for."""
         if isinstance(message, Tensor):
-            wide = getattr(torch, self.dtype).itemsize if self.dtype and message.is_floating_point() else None
-            return message.numel() * (scale if message.dim() else 1.0) * (wide or message.element_size())
+            wide = message.element_size()
+            if self.dtype and message.is_floating_point() and wide > 2:
+                wide = getattr(torch, self.dtype).itemsize
+            return message.numel() * (scale if message.dim() else 1.0) * wide
         return sum(self.size(part, scale) for part in message)
 
 

@@ -722,17 +722,21 @@ class Peer(Driver):
         if to in self.links and self.lives[to] == about["life"]:
             return self.links[to]
         self._drop(to)
+        head = self.head
         link: Link = dial(about["address"], self.place.token, f"worker {to}", self.timeout)
         try:
-            link.send(self.head._replace(kind=Kind.HELLO), None, {"machine": machine()})
+            link.send(head._replace(kind=Kind.HELLO), None, {"machine": machine()})
             welcome = link.recv({Kind.WELCOME: 0}, "its welcome")
             if welcome.header[2:4] != (to, about["life"]):
                 raise LinkLost(f"somebody else answers at {about['address']}, where worker {to} was")
             link = taken(link, welcome.note)
+            with self.monitor:  # a thread may have dialled for a life that is over by now, whose links are closed
+                if head is not self.head or not self.incarnation:
+                    raise LinkLost(f"{self.lost or 'this life is over'}; worker {to} was dialled")
+                self.links[to], self.lives[to] = link, about["life"]
         except BaseException:
             link.close()
             raise
-        self.links[to], self.lives[to] = link, about["life"]
         return link
 
     def _drop(self, to: int) -> None:
@@ -750,7 +754,8 @@ class Peer(Driver):
                 missing = [s for s in request.sources if s not in found and self._comes(s, request.round)]
                 if not missing:
                     break
-                self._wait(f"a message of round {request.round} from workers {', '.join(map(str, missing))}")
+                what = f"a message of round {request.round} from workers {', '.join(map(str, missing))}"
+                self._wait(what, 0.05 if self.posted else 1.0)
             self._delivered()  # who is waited for may wait for what was lost on the way
         self._delivered()
         with self.monitor:

@@ -257,8 +257,9 @@ class _Live:
         self.flat = Flat(self.module)
         self.start = self.flat.data.clone()
         self.device = self.flat.data.device
-        self.train = _examples(problem, "train", self.device)
-        self.test = _examples(problem, "test", self.device)
+        with _Seeded((torch.default_generator,), derive(_INIT, problem.seed)):  # an item may draw
+            self.train = _examples(problem, "train", self.device)
+            self.test = _examples(problem, "test", self.device)
         self.generators = _generators(self.device)
         self.own = Generator(self.device)
         self.draws = isinstance(self.train, _Items)  # whether a gradient draws random numbers, as far as is known
