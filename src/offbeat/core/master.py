@@ -169,7 +169,9 @@ class Master(GradientServer):
         return self.correction.sums(s.memory, own.memory, self.stale(s, own, msg))
 
     def serve(self, s: MasterState, own: Seat, msg: Tensor, *sums: Tensor) -> tuple[MasterState, Seat, Message]:
-        stale = self.stale(s, own, msg)._replace(sums=sums or self.sums(s, own, msg))
+        stale = self.stale(s, own, msg)
+        if sums := sums or self.correction.sums(s.memory, own.memory, stale):
+            stale = stale._replace(sums=sums)
         lr = stale.lr
         d, memory, mine_memory = self.correction.correct(s.memory, own.memory, stale)
         x, shared, mine = self.move(s.x, s.mover, own.mover, d, lr)

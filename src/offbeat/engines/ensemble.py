@@ -41,12 +41,13 @@ class Travel:
         """The gap between the model ``x`` and ``point``: RMSE, and mean in units of each parameter's usual update."""
         if x is point:
             return 0.0, 0.0
-        rmse = float(torch.dist(x, point)) / self.root
+        difference = x - point
+        rmse = float(torch.dot(difference, difference)) ** 0.5 / self.root
         if not self.weight or not rmse:
             return rmse, 0.0
-        difference = x[:: self.stride] - point[:: self.stride]
-        usual = difference.mul_(difference).div_(self.square).sqrt_().mean()
-        return rmse, float(usual) * self.weight**0.5
+        sampled = difference[:: self.stride]
+        usual = sampled.mul_(sampled).div_(self.square).sqrt_().sum()
+        return rmse, float(usual) / len(sampled) * self.weight**0.5
 
     def moved(self, x: Tensor) -> None:
         """The model is now at ``x``."""
