@@ -254,3 +254,8 @@ def test_a_trace_of_lanes_runs_again_to_the_same_bits() -> None:
 def test_a_wrong_number_of_lanes_is_refused(lanes: object) -> None:
     with pytest.raises(ValueError, match="lanes"):
         ob.simulate(ob.methods.ASGD(), ob.tasks.Quadratic(), gradients=1, lanes=lanes)  # type: ignore[arg-type]
+
+
+def test_a_problem_that_takes_one_gradient_at_a_time_is_asked_for_one() -> None:
+    run = ob.simulate(ob.methods.ASGD(lr=0.01), ob.tasks.Quadratic(), ob.Cluster(3), gradients=9, lanes=4)
+    assert run.trace.header["lanes"] == 1

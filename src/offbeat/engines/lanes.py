@@ -47,20 +47,18 @@ class Lanes:
     """
 
     def __init__(self, problem: Problem, most: int | None, gradients: int) -> None:
-        self.problem, self.most, self.gradients = problem, most, gradients
+        self.problem, self.gradients = problem, gradients
+        self.most = most if isinstance(problem, Batched) else 1
         self.done: tuple[Point, Taken] | None = None  # what was taken to find out
 
     def __call__(self, points: Sequence[Point]) -> list[Taken]:
         """The gradients at the first of ``points``, one at least: those of the rest are for a later call."""
         if self.most is None:
             self.most = self.decide(points)
-        if self.done and self.done[0] is points[0]:
-            done, self.done = self.done, None
-            if self.most == 1:
-                return [done[1]]
-        if self.most == 1:
-            return [self._alone(points[0])]
-        return self._together(points[: self.most])
+        if self.most > 1:
+            return self._together(points[: self.most])
+        done, self.done = self.done, None
+        return [done[1] if done and done[0] is points[0] else self._alone(points[0])]
 
     def _alone(self, point: Point) -> Taken:
         x = point.x
