@@ -8,7 +8,9 @@ by inductor and by ``torch.add(out=)``, the faster counts. So 100 % is the triad
 
 from __future__ import annotations
 
+import math
 import os
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ from offbeat.engines.kernel import BLOCKS, Kernel, Visits, vector
 SIZE = int(os.environ.get("SIZE", "25_000_000"))
 REPEATS = int(os.environ.get("REPEATS", "7"))
 CPU = torch.device("cpu")
+UNIT = "% of triad"
 
 
 def filled() -> torch.Tensor:
@@ -68,37 +71,36 @@ class Triad:
         )
 
 
-def measure(name: str, kernel: Kernel, triad: Triad) -> list[Row]:
+def measure(name: str, kernel: Kernel, triad: Triad) -> Row:
     took = kernel.warm(SIZE, repeats=1)
     streams = kernel.reads + sum(t.dim() for t in kernel.new)
-    what = f"{name}, {kernel.reads} read, {streams - kernel.reads} written"
     if not streams:
-        return [Row(f"{name} moves nothing", "GB/s", (0.0,))]
+        return Row(name, UNIT, (math.nan,), "what moves nothing", "it passes on what it is given")
     args: Any = rebuild(kernel.args, [filled() if t.dim() else t + 5 for t in leaves(kernel.args)])
     block = min(BLOCKS, key=lambda b: took.get(f"in blocks of {b}", float("inf")))
-    bytes = 4 * SIZE * streams
-    others: dict[str, Callable[[], Any]] = {
-        f"in blocks of {block}": lambda: kernel.blocked(*args, block=block),
+    ways: dict[str, Callable[[], Any]] = {
+        "fused": lambda: kernel.fused(*args),
+        "in blocks": lambda: kernel.blocked(*args, block=block),
         "eager": lambda: kernel.eager(*args),
     }
-    rates: dict[str, list[float]] = {way: [] for way in ("fused", *others)}
+    shares: dict[str, list[float]] = {way: [] for way in ways}
     roofs = []
     for _ in range(REPEATS):
-        both = [(triad.seconds(), seconds(lambda: kernel.fused(*args))) for _ in range(4)]  # in turn, the best of each
+        # in turn, the best of each, as other processes come between
+        both = [(triad.seconds(), seconds(ways["fused"])) for _ in range(4)]
         roof, fused = (min(each) for each in zip(*both, strict=True))
-        roofs.append(12 * SIZE / roof)
-        rates["fused"].append(bytes / fused)
-        for way, act in others.items():
-            rates[way].append(bytes / seconds(act))
-    rows = [Row(f"{what}: fused", "GB/s", tuple(r / 1e9 for r in rates["fused"]))]
-    for way, values in rates.items():
-        rows.append(
-            Row(f"{what}: {way}", "% of triad", tuple(100 * r / roof for r, roof in zip(values, roofs, strict=True)))
-        )
-    return rows
+        roofs.append(12 * SIZE / roof / 1e9)
+        for way, act in ways.items():
+            took_now = fused if way == "fused" else seconds(act)
+            shares[way].append(100 * 4 * SIZE * streams / took_now / 1e9 / roofs[-1])
+    middle = {way: statistics.median(values) for way, values in shares.items()}
+    rate = middle["fused"] / 100 * statistics.median(roofs)
+    note = f"{kernel.reads} read, {streams - kernel.reads} written, {rate:.0f} GB/s; "
+    note += f"in blocks {middle['in blocks']:.0f} %, eager {middle['eager']:.0f} %"
+    return Row(name, UNIT, tuple(shares["fused"]), "fused", note, aim=85.0)
 
 
 def run() -> list[Row]:
     torch.set_num_threads(os.cpu_count() or 1)
     triad = Triad()
-    return [row for name, kernel in cases() for row in measure(name, kernel(), triad)]
+    return [measure(name, kernel(), triad) for name, kernel in cases()]

@@ -54,7 +54,7 @@ def run() -> list[Row]:
             microseconds, memory = here.recv()
             process.join()
             rows += [
-                Row(f"{kind}, {workers} workers: time per event", "us", (microseconds,)),
-                Row(f"{kind}, {workers} workers: memory for {EVENTS:,} events", "MiB", (memory,)),
+                Row(f"{workers} workers", "us per gradient", (microseconds,), kind, less=True),
+                Row(f"{workers} workers", f"MiB more for {EVENTS:,}", (memory,), kind, less=True),
             ]
     return rows
