@@ -618,6 +618,8 @@ def test_tickets_are_handed_out_once() -> None:
     tickets.returned.extend([1, 4])
     assert [tickets.take(1), tickets.take(3), tickets.take(9), tickets.take(1)] == [[1], [4, 5, 6], [], []]
     assert Tickets(None).take(3) == [0, 1, 2]
+    tickets.returned.extend([9, 2])  # beyond the last pass of a worker that has left; then of one that died
+    assert tickets.take(1) == [2]
 
 
 def test_a_run_takes_exactly_the_gradients_asked_for(serve: Serve) -> None:

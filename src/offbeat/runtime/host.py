@@ -91,13 +91,16 @@ class Tickets:
 
     def __init__(self, total: int | None) -> None:
         self.total, self.next, self.done = total, 0, 0
-        self.returned: deque[int] = deque()
+        self.returned: list[int] = []
 
     def take(self, count: int) -> list[int]:
-        """Up to ``count`` numbers; none where all are handed out."""
-        taken: list[int] = []
-        while len(taken) < count and self.returned:
-            taken.append(self.returned.popleft())
+        """Up to ``count`` numbers; none where all are handed out.
+
+        Returned ones go first, and the lowest of them: one that is beyond a script's last pass, which came back when a
+        worker left, must not hide one that is still to be done.
+        """
+        self.returned.sort()
+        taken, self.returned = self.returned[:count], self.returned[count:]
         while len(taken) < count and (self.total is None or self.next < self.total):
             taken.append(self.next)
             self.next += 1
