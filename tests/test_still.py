@@ -16,6 +16,8 @@ METHODS = [m for cls in all_methods() if not isinstance(m := cls(), Local)]
 METHODS += [ob.methods.SlowMo(ob.methods.SGP()), ob.methods.DanaZero(lr=0.1 * ob.Warmup(20))]
 CLUSTERS = {
     "free": ob.Cluster(6, ob.Gamma(1.0, 0.4)),
+    "alike": ob.Cluster(6, ob.Fixed((1.0, 1.0, 2.0))),
+    "many": ob.Cluster(300, ob.Gamma(1.0, 0.4)),
     "cards": ob.Cluster(6, ob.Gamma(1.0, 0.4), network=ob.Network(0.05, 2e7)),
     "faults": ob.Cluster(
         6, ob.Gamma(1.0, 0.4), network=ob.Network(0.05, 2e7), faults=(ob.Crashes(0.02, 5.0), ob.Loss(0.05))

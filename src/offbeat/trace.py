@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ class Deeds(NamedTuple):
 Note = Incident | Evaluation | Deeds
 
 _COLUMNS = {name: k for k, name in enumerate(Event._fields[:-1])}
+_ROW = struct.Struct(f"{len(_COLUMNS)}d")
 _WHOLE = ("worker", "step", "lag")  # columns of whole numbers, which a double holds exactly up to 2**53
 
 
@@ -88,7 +90,7 @@ class Trace(Sequence[Event]):
         self._extra: dict[str, array[float]] = {}
 
     def add(self, event: Event) -> None:
-        self._rows.extend(event[:-1])
+        self.extend(event[:-1])
         extra = event.extra
         if extra or self._extra:
             for name in extra:
@@ -96,6 +98,10 @@ class Trace(Sequence[Event]):
                     self._extra[name] = array("d", [math.nan] * (len(self) - 1))
             for name, figures in self._extra.items():
                 figures.append(extra.get(name, math.nan))
+
+    def extend(self, row: tuple[float, ...]) -> None:
+        """`add` an event of a run whose method has no figures of its own, which ``row`` leaves out."""
+        self._rows.frombytes(_ROW.pack(*row))
 
     def note(self, note: Note) -> None:
         """Record something that is no gradient."""
@@ -173,7 +179,7 @@ class Trace(Sequence[Event]):
             for number, line in enumerate(file, start=1):
                 try:
                     trace._take(json.loads(line), first=number == 1)
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
                     raise ValueError(
                         f"{path}, line {number} is no line of an {FORMAT!r} file ({error}); "
                         "give a file that `offbeat simulate --out` has written"

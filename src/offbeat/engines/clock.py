@@ -24,6 +24,10 @@ class Clock:
         """Whether anything of this ``priority`` or a lower one is due at this very time."""
         return bool(self._heap) and self._heap[0][0] == self.now and self._heap[0][1] <= priority
 
+    def clear(self) -> None:
+        """Let nothing of what was scheduled happen."""
+        self._heap.clear()
+
     def step(self) -> bool:
         """Let the next thing happen; False when there is nothing left."""
         if not self._heap:
