@@ -24,7 +24,7 @@ REPEATS = 5
 TASKS: list[tuple[str, Recipe, int, tuple[int, ...], float]] = [
     # name, task, gradients, workers, aim
     ("digits", ob.tasks.Digits(), 2000, (1, 8, 32, 128), 0.5),
-    ("MNIST", ob.tasks.Mnist(), 300, (1, 8, 32, 128), 1.0),
+    ("MNIST", ob.tasks.Mnist(), 1000, (1, 8, 32, 128), 1.0),
     ("ResNet-20", ob.tasks.Cifar10(batch=128, eval_images=1000), 40, (32,), 1.1),
 ]
 SEEDS = 4

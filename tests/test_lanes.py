@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -189,6 +190,9 @@ class Counting:
     def reseeded(self, seed: int) -> Counting:
         return self
 
+    def apart(self) -> Counting:
+        return self
+
     def room(self, point: Point) -> int:
         return 6
 
@@ -218,11 +222,11 @@ def test_lanes_are_taken_where_they_are_measured_to_be_faster(
     counted = Counting(alone, each)
     assert isinstance(counted, Batched)
     points = [Point(counted, counted.x0(), worker, 0) for worker in range(8)]
-    takes = Lanes(counted, None, gradients)
+    takes = Lanes(counted, None, None, gradients)
     assert len(takes(points)) == lanes
     spent = clock.now
     counted.calls.clear()
-    assert Lanes(counted, None, gradients).decide(points) == lanes  # known by now
+    assert Lanes(counted, None, None, gradients).decide(points) == (lanes, 1)  # known by now
     assert clock.now == spent
     assert not counted.calls
 
@@ -248,6 +252,122 @@ def test_a_comparison_takes_lanes_for_all_seeds_and_does_not_depend_on_how_it_is
 def test_a_trace_of_lanes_runs_again_to_the_same_bits() -> None:
     run = ob.simulate(ob.methods.DanaZero(lr=0.01), ob.tasks.Digits(), ob.Cluster(4), gradients=100, lanes=4)
     assert rerun(run.trace).trace == run.trace
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_run_abreast_is_the_run_one_by_one(method: ob.Method) -> None:
+    """Dropout, batch statistics and augmentation included, and with evaluations in the middle."""
+    cluster = ob.Cluster(4, ob.Gamma(1.0, 0.3), faults=(ob.Crashes(0.02, 3.0),))
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    runs = [
+        ob.simulate(method, problem(convolutional, flip), cluster, gradients=60, evaluate_every=7, abreast=n)
+        for n in (1, 3, 3)
+    ]
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(runs[1].x, runs[0].x, rtol=1e-8, atol=1e-10)
+    for name in ("seconds", "worker", "step", "lag"):
+        assert torch.equal(runs[1].trace.column(name), runs[0].trace.column(name))
+    assert runs[2].trace == runs[1].trace
+    assert [run.trace.header["abreast"] for run in runs] == [1, 3, 3]
+
+
+def test_seeds_abreast_are_the_seeds_alone() -> None:
+    base, method, cluster = problem(convolutional), ob.methods.DanaZero(lr=0.01), ob.Cluster(4)
+    tasks = [base, base.reseeded(1)]
+    came = together([Simulation(method, task, cluster, 40, task.seed, abreast=2) for task in tasks])
+    for task, run in zip(tasks, came, strict=True):
+        assert isinstance(run, ob.Run)
+        assert run.trace == ob.simulate(method, task, cluster, gradients=40, seed=task.seed, abreast=2).trace
+
+
+def test_what_draws_where_nothing_guards_it_is_not_taken_abreast() -> None:
+    class Straight(torch.autograd.Function):
+        """Draws in the backward pass, as in stochastic rounding."""
+
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> Tensor:
+            return g + torch.rand_like(g)
+
+    class Rough(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = plain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Straight.apply(self.layer(x))  # type: ignore[no-any-return]
+
+    rough = problem(Rough)
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="pass abreast=1"):
+        ob.simulate(ob.methods.ASGD(lr=0.01), rough, ob.Cluster(4), gradients=20, abreast=2)
+    assert torch.get_num_threads() == threads
+    point = Point(rough, rough.x0(), 0, 0)
+    state = torch.get_rng_state()
+    assert lanes_module._tried_abreast(rough, [point] * 4, 1.0, 100) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("seconds", "abreast"), [(1e9, 2), (0.0, 1)], ids=["slower", "faster"])
+def test_gradients_are_taken_abreast_where_one_by_one_is_measured_to_be(seconds: float, abreast: int) -> None:
+    base, before = problem(convolutional), torch.get_num_threads()
+    points = [Point(base, base.x0(), worker, 0) for worker in range(4)]
+    torch.set_num_threads(2)
+    try:
+        assert lanes_module._tried_abreast(base, points, seconds, 18) == abreast
+        assert lanes_module._tried_abreast(base, points, seconds, 17) == 1, "too dear to try"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradients_abreast_are_taken_at_the_same_time() -> None:
+    both = threading.Barrier(2, timeout=60)
+
+    class Meeting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> Tensor:
+            both.wait()
+            return g
+
+    class Met(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = plain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Meeting.apply(self.layer(x))  # type: ignore[no-any-return]
+
+    run = ob.simulate(ob.methods.ASGD(lr=0.01), problem(Met), ob.Cluster(2), gradients=8, abreast=2)
+    assert len(run.trace) == 8
+
+
+def test_an_error_in_a_gradient_abreast_is_the_caller_s() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = plain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("what the module says")
+
+    threads = torch.get_num_threads()
+    with pytest.raises(KeyError, match="what the module says"):
+        ob.simulate(ob.methods.ASGD(lr=0.01), problem(Broken), ob.Cluster(4), gradients=20, abreast=2)
+    assert torch.get_num_threads() == threads
+
+
+def test_lanes_abreast_are_refused() -> None:
+    with pytest.raises(ValueError, match="one of them must be 1"):
+        ob.simulate(ob.methods.ASGD(), problem(), ob.Cluster(4), gradients=9, lanes=2, abreast=2)
 
 
 @pytest.mark.parametrize("lanes", [0, -1, 1.5, "2"])

@@ -155,6 +155,8 @@ class Simulate(Command):
     """Drives the task (weights, order of the data) and the cluster."""
     lanes: Annotated[int | None, arg(help_behavior_hint="(default: measured)")] = None
     """Gradients of workers in flight that are taken in one call; the same number gives the same bits."""
+    abreast: Annotated[int | None, arg(help_behavior_hint="(default: measured)")] = None
+    """Gradients that are taken at once, by a thread each: for nets too large for lanes and too small for all cores."""
     out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: runs/METHOD-TASK-WORKERSw)")] = None
     """Where trace, summary and page go."""
 
@@ -176,7 +178,8 @@ class Simulate(Command):
             method = warmed(self.settings, self.warmup, self.gradients, workers)
             task = replace(self.data, seed=self.seed)
             every = max(1, self.gradients // self.evaluations)
-            simulation = Simulation(method, task, self.cluster, self.gradients, self.seed, every, self.lanes)
+            taking = self.lanes, self.abreast
+            simulation = Simulation(method, task, self.cluster, self.gradients, self.seed, every, *taking)
         folder = _folder(self.out or Path("runs") / f"{name}-{self.task}-{workers}w")
         figures: dict[str, float] = {}
         failure, message, status = "", "", 0

@@ -203,7 +203,7 @@ class Grid:
         cells, x = len(self.keys) // len(self.workers), task.x0()
         with _threads(1):
             return {
-                n: Lanes(task, None, cells * self.gradients).decide([Point(task, x, k, 0) for k in range(n)])
+                n: Lanes(task, None, None, cells * self.gradients).decide([Point(task, x, k, 0) for k in range(n)])[0]
                 for n in self.workers
             }
 
@@ -528,9 +528,8 @@ def rerun(trace: Trace, problem: Problem | None = None, watch: Callable[[Event],
     with _threads(header.get("threads", torch.get_num_threads())):
         if engine == "runtime":
             return replay(trace, parts["method"], parts["problem"], watch)
-        settings = {name: header[name] for name in ("gradients", "seed", "evaluate_every")} | {
-            "lanes": header.get("lanes", 1)
-        }
+        settings = {name: header[name] for name in ("gradients", "seed", "evaluate_every")}
+        settings |= {name: header.get(name, 1) for name in ("lanes", "abreast")}
         return simulate(parts["method"], parts["problem"], parts["cluster"], **settings, watch=watch)
 
 

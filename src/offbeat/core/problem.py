@@ -44,7 +44,7 @@ class Point(NamedTuple):
 
 @runtime_checkable
 class Batched(Problem, Protocol):
-    """A problem that can take several gradients in one call."""
+    """A problem that can take several gradients at once: in one call, or by several threads."""
 
     def kin(self) -> object:
         """What it shares with the problems that may be in one call with it: those `reseeded` from it."""
@@ -52,6 +52,10 @@ class Batched(Problem, Protocol):
 
     def reseeded(self, seed: int) -> Self:
         """The same problem with another seed."""
+        ...
+
+    def apart(self) -> Self:
+        """The same problem, whose `grad` another thread can call at the same time."""
         ...
 
     def room(self, point: Point) -> int:

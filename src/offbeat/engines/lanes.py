@@ -1,6 +1,8 @@
-"""Gradients of workers in flight depend on nothing that is still to come: several are taken in one call, as lanes.
+"""Gradients of workers in flight depend on nothing that is still to come: several are taken at once.
 
-Where that is faster is measured on the first gradients of a run, and kept for all runs like it in this process.
+As lanes they are taken in one call; abreast, each by a thread of its own. The first suits small nets, whose operations cost
+more to call than to do; the second those that are too large for that, and too small to keep all cores busy by themselves.
+What is faster is measured on the first gradients of a run, and kept for all runs like it in this process.
 """
 
 from __future__ import annotations
@@ -9,7 +11,10 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import is_dataclass, replace
+from queue import SimpleQueue
+from threading import Barrier
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -21,9 +26,11 @@ GAIN = 1.1
 """How many times faster lanes must be to be taken."""
 TRIAL, TIMES = 1 / 50, 3
 """The part of a run that finding out may take, and its least in seconds; and how often lanes are tried."""
+WAITING = 1 << 30
+"""Bytes of gradients taken abreast that may wait until their time comes."""
 T = TypeVar("T")
 
-_known: dict[tuple[str, int, int], int] = {}  # problem, workers in flight, threads -> lanes
+_known: dict[tuple[str, int, int], tuple[int, int]] = {}  # problem, workers in flight, threads -> lanes, abreast
 
 
 class Taken(NamedTuple):
@@ -40,68 +47,162 @@ def _looked_at(g: Tensor, loss: float, size: float) -> Taken:
     return Taken(g, loss, "" if finite else f"gradient or loss is not finite (loss {loss})")
 
 
-class Lanes:
-    """Takes gradients for runs on ``problem`` and its kin, up to ``most`` (None: to be measured) in one call.
+def _alone(point: Point) -> Taken:
+    x = point.x
+    g, loss = point.problem.grad(x, point.worker, point.step)
+    if not isinstance(g, Tensor) or g.shape != x.shape or g.dtype != x.dtype:
+        kind = f"{tuple(g.shape)} {g.dtype}" if isinstance(g, Tensor) else type(g).__name__
+        return Taken(g, 0.0, f"the gradient is {kind}, the parameters are {tuple(x.shape)} {x.dtype}")
+    return _looked_at(g, float(loss), float(torch.dot(g, g)))
 
-    ``gradients`` is how many the runs take in all: what finding out costs must be small beside it.
+
+class Threads:
+    """Takes gradients on copies of their problems, so many at once, each with one thread for all that it does."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.state = count, torch.get_rng_state()
+        self.copies: dict[int, tuple[Batched, SimpleQueue[Batched]]] = {}  # of each problem; free ones
+        self.pool = ThreadPoolExecutor(count, "gradients")
+        every, self.threads = Barrier(count + 1), torch.get_num_threads()
+
+        def begin() -> None:
+            torch.get_num_threads()  # torch sets a thread's number when it is first asked
+            torch.set_num_threads(1)
+            every.wait()
+
+        for _ in range(count):
+            self.pool.submit(begin)
+        every.wait()
+        torch.set_num_threads(1)  # in this thread as well, for all cores are busy
+
+    def take(self, point: Point) -> Future[Taken]:
+        """Begin with the gradient at ``point``."""
+        problem = cast(Batched, point.problem)
+        if id(problem) not in self.copies:
+            self.copies[id(problem)] = problem, SimpleQueue()
+            for _ in range(self.count):
+                self.copies[id(problem)][1].put(problem.apart())
+        return self.pool.submit(self._take, point, self.copies[id(problem)][1])
+
+    @staticmethod
+    def _take(point: Point, free: SimpleQueue[Batched]) -> Taken:
+        copy = free.get()
+        try:
+            return _alone(point._replace(problem=copy))
+        finally:
+            free.put(copy)
+
+    def close(self) -> None:
+        """Take no more. ``RuntimeError`` where somebody has drawn from torch's generator, which all threads share."""
+        self.pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self.threads)
+        if not torch.equal(torch.get_rng_state(), self.state):
+            raise RuntimeError(
+                "random numbers were drawn from torch's own generator while gradients were taken abreast, so that they "
+                "do not follow from the seed: pass abreast=1"
+            )
+
+
+class Lanes:
+    """Takes gradients for runs on ``problem`` and its kin: up to ``most`` in one call, ``abreast`` by as many threads.
+
+    Of the two at least one is 1; both None: to be measured. ``gradients`` is how many the runs take in all: what finding out
+    costs must be small beside it.
     """
 
-    def __init__(self, problem: Problem, most: int | None, gradients: int) -> None:
+    def __init__(self, problem: Problem, most: int | None, abreast: int | None, gradients: int) -> None:
         self.problem, self.gradients = problem, gradients
-        self.most = most if isinstance(problem, Batched) else 1
+        known = most is not None or abreast is not None or not isinstance(problem, Batched)
+        self.most, self.abreast = (most or 1, abreast or 1) if known else (most, abreast)
+        if not isinstance(problem, Batched):
+            self.most = self.abreast = 1
         self.done: tuple[Point, Taken] | None = None  # what was taken to find out
+        self.threads: Threads | None = None
 
-    def __call__(self, points: Sequence[Point]) -> list[Taken]:
+    @property
+    def single(self) -> bool:
+        """Whether one gradient is taken at a time."""
+        return self.most == self.abreast == 1
+
+    def __call__(self, points: Sequence[Point]) -> list[Taken | Future[Taken]]:
         """The gradients at the first of ``points``, one at least: those of the rest are for a later call."""
-        if self.most is None:
-            self.most = self.decide(points)
+        if self.most is None or self.abreast is None:
+            self.most, self.abreast = self.decide(points)
+        if self.abreast > 1:
+            self.threads = self.threads or Threads(self.abreast)
+            return [self.threads.take(p) for p in points[: max(self.abreast, WAITING // points[0].x.nbytes)]]
         if self.most > 1:
-            return self._together(points[: self.most])
+            return [*self._together(points[: self.most])]
         done, self.done = self.done, None
-        return [done[1] if done and done[0] is points[0] else self._alone(points[0])]
+        return [done[1] if done and done[0] is points[0] else _alone(points[0])]
 
-    def _alone(self, point: Point) -> Taken:
-        x = point.x
-        g, loss = point.problem.grad(x, point.worker, point.step)
-        if not isinstance(g, Tensor) or g.shape != x.shape or g.dtype != x.dtype:
-            kind = f"{tuple(g.shape)} {g.dtype}" if isinstance(g, Tensor) else type(g).__name__
-            return Taken(g, 0.0, f"the gradient is {kind}, the parameters are {tuple(x.shape)} {x.dtype}")
-        return _looked_at(g, float(loss), float(torch.dot(g, g)))
+    def close(self) -> None:
+        """Take no more. Raises what `Threads.close` raises, once."""
+        threads, self.threads = self.threads, None
+        if threads:
+            threads.close()
 
     def _together(self, points: Sequence[Point]) -> list[Taken]:
         grads, losses = cast(Batched, self.problem).grads(points)
         sizes, values = torch.linalg.vector_norm(grads, dim=1).tolist(), losses.tolist()
         return [_looked_at(*row) for row in zip(grads.unbind(), values, sizes, strict=True)]
 
-    def decide(self, points: Sequence[Point]) -> int:
-        """How many lanes to take where gradients at so many ``points`` are in flight: 1, or as many as there is room for."""
+    def decide(self, points: Sequence[Point]) -> tuple[int, int]:
+        """How many lanes, and how many abreast, where gradients at so many ``points`` are in flight."""
         if not isinstance(self.problem, Batched):
-            return 1
+            return 1, 1
         like = replace(self.problem, seed=0) if is_dataclass(self.problem) else self.problem
         key = repr(like), len(points), torch.get_num_threads()
         if key not in _known:
-            _known[key] = self._tried(self.problem, points) if len(points) > 1 else 1
+            _known[key] = self._tried(self.problem, points) if len(points) > 1 else (1, 1)
         return _known[key]
 
-    def _tried(self, problem: Batched, points: Sequence[Point]) -> int:
-        alone, seconds = _timed(lambda: self._alone(points[0]))
+    def _tried(self, problem: Batched, points: Sequence[Point]) -> tuple[int, int]:
+        alone, seconds = _timed(lambda: _alone(points[0]))
         self.done = points[0], alone
-        affordable = int(max(TRIAL, TRIAL * self.gradients * seconds) / ((TIMES + 2) * seconds))
-        if affordable < 2 or (room := problem.room(points[0])) < 2:
-            return 1
-        lanes = min(len(points), room, affordable)
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of what would be slow: that is measured
-                first = self._together(points[:lanes])[0]
-        except Exception:  # what a module does may be impossible in lanes
-            return 1
-        if not torch.allclose(first.g, alone.g, rtol=1e-2, atol=1e-2 * float(alone.g.abs().max())):
-            return 1  # random numbers in another order, or examples that are not as independent as they look
-        for _ in range(TIMES):  # in turn, the best of each, as other processes come between
-            seconds = min(seconds, _timed(lambda: self._alone(points[0]))[1])
+        affordable = int(max(TRIAL, TRIAL * self.gradients * seconds) / seconds)
+        room = problem.room(points[0]) if affordable >= 2 * (TIMES + 2) else 1
+        if (lanes := min(len(points), room, affordable // (TIMES + 2))) > 1:
+            try:
+                with warnings.catch_warnings(action="ignore"):  # of what would be slow: that is measured
+                    first = self._together(points[:lanes])[0]
+            except Exception:  # what a module does may be impossible in lanes
+                lanes = 1
+            else:  # random numbers in another order, or examples that are not as independent as they look
+                same = torch.allclose(first.g, alone.g, rtol=1e-2, atol=1e-2 * float(alone.g.abs().max()))
+                lanes = lanes if same else 1
+        for _ in range(TIMES if lanes > 1 else 0):  # in turn, the best of each, as other processes come between
+            seconds = min(seconds, _timed(lambda: _alone(points[0]))[1])
             if _timed(lambda: self._together(points[:lanes]))[1] / lanes * GAIN < seconds:
-                return room
+                return room, 1
+        return 1, _tried_abreast(problem, points, seconds, affordable)
+
+
+def _tried_abreast(problem: Batched, points: Sequence[Point], seconds: float, affordable: int) -> int:
+    """How many threads to use, where a gradient takes so many seconds by itself, and that many may be taken to find out."""
+    count = min(torch.get_num_threads(), len(points))
+    many = [point for point in points for _ in range(4)][
+        : 4 * count
+    ]  # some for each, as one waits for another now and then
+    if count < 2 or 2 * len(many) + 2 > affordable:
         return 1
+    seconds = min(seconds, _timed(lambda: _alone(points[0]))[1])  # the first gets warm
+    state = torch.get_rng_state()
+    try:
+        copy = problem.apart()
+    except ValueError:
+        return 1
+    _alone(points[0]._replace(problem=copy))
+    if not torch.equal(torch.get_rng_state(), state):
+        torch.set_rng_state(state)
+        return 1  # it draws where nothing guards it
+    threads = Threads(count)
+    try:
+        for _ in range(2):  # as here
+            took = _timed(lambda: [each.result() for each in [threads.take(point) for point in many]])[1]
+    finally:
+        threads.close()
+    return count if took < seconds * len(many) else 1
 
 
 def _timed(act: Callable[[], T]) -> tuple[T, float]:

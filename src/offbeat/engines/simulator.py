@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from itertools import zip_longest
@@ -86,6 +87,7 @@ def simulate(
     seed: int = 0,
     evaluate_every: int | None = None,
     lanes: int | None = None,
+    abreast: int | None = None,
     watch: Callable[[Event], None] | None = None,
 ) -> Run:
     """Train ``problem`` with ``method`` on a simulated ``cluster`` until ``gradients`` minibatch gradients are taken.
@@ -94,15 +96,19 @@ def simulate(
     for its data and minibatches. Every ``evaluate_every`` gradients the shipped model is evaluated into the trace (None:
     only at the end). ``watch`` is called with every event as it happens, for a progress bar or an early look.
 
-    ``lanes`` is how many gradients of workers in flight are taken in one call, at least 1: they depend on nothing that
-    is still to come. None: as many as the workers and the memory allow where that is measured to be faster, else 1. The
-    results are the same to rounding; the same number, which the trace's header has, gives the same bits.
+    Gradients of workers in flight depend on nothing that is still to come, so several may be taken at once: ``lanes`` is
+    how many in one call, ``abreast`` how many by a thread of its own each, both at least 1, and one of them 1. Where one is
+    given the other is 1; both None: as many as the workers, the memory and torch's threads allow, the way that is measured
+    to be the fastest. The results are the same to rounding; the same numbers, which the trace's header has, give the same
+    bits.
 
     Raises ``ValueError`` for a bad argument, `Diverged` when a gradient or loss is not finite or not shaped like the
     parameters, `Deadlock` when nodes wait for each other for ever, `WorkerLost` when nobody is left to work; each of
     the last three keeps the trace.
     """
-    return Simulation(method, problem, cluster or Cluster(), gradients, seed, evaluate_every, lanes, watch).run()
+    return Simulation(
+        method, problem, cluster or Cluster(), gradients, seed, evaluate_every, lanes, abreast, watch
+    ).run()
 
 
 def messages(method: Method) -> str:
@@ -129,7 +135,7 @@ class _Worker:
     gone: bool = False
     returning: bool = False  # to join again as soon as it has left
     waits: Request | None = None
-    ahead: Taken | None = None  # its present gradient, taken before its time
+    ahead: Taken | Future[Taken] | None = None  # its present gradient, taken before its time
     flying: bool = False  # whether it is at one that no fault will cut short
     due: float = 0.0  # when
     inbox: deque[tuple[int, int | None, Message]] = field(default_factory=deque)
@@ -177,35 +183,41 @@ def together(simulations: Sequence[Simulation]) -> list[Run | Failure]:
 
 
 def _side_by_side(simulations: list[Simulation]) -> dict[Simulation, Run | Failure]:
-    lanes = Lanes(simulations[0].problem, simulations[0].lanes, sum(s.gradients for s in simulations))
+    first = simulations[0]
+    lanes = Lanes(first.problem, first.lanes, first.abreast, sum(s.gradients for s in simulations))
     came: dict[Simulation, Run | Failure] = {}
     wants: dict[Simulation, list[_Worker]] = {}
 
     def go(simulation: Simulation) -> None:
         try:
-            wants[simulation] = simulation.proceed(alone=lanes.most == 1)
+            wants[simulation] = simulation.proceed(alone=lanes.single)
             if wants[simulation]:
                 return
+            if len(came) + 1 == len(simulations):
+                lanes.close()  # so that the last evaluation has all threads
             came[simulation] = simulation.end()
         except Failure as failure:
             came[simulation] = failure
-        simulation.trace.header["lanes"] = lanes.most or 1
+        simulation.trace.header |= {"lanes": lanes.most or 1, "abreast": lanes.abreast or 1}
         wants.pop(simulation, None)
 
-    for simulation in simulations:
-        simulation.begin()
-        go(simulation)
-    while wants:
-        if lanes.most == 1:
-            flying = [next((s, workers[0]) for s, workers in wants.items())]
-        else:  # those needed first, first
-            ranks = zip_longest(*([(s, w) for w in workers] for s, workers in wants.items()))
-            flying = [each for rank in ranks for each in rank if each]
-        points = [Point(s.problem, w.x, w.node.id, w.steps - 1) for s, w in flying]
-        for (_, worker), taken in zip(flying, lanes(points), strict=False):
-            worker.ahead = taken
-        for simulation in [s for s, workers in wants.items() if workers[0].ahead]:
+    try:
+        for simulation in simulations:
+            simulation.begin()
             go(simulation)
+        while wants:
+            if lanes.single:
+                flying = [next((s, workers[0]) for s, workers in wants.items())]
+            else:  # those needed first, first
+                ranks = zip_longest(*([(s, w) for w in workers] for s, workers in wants.items()))
+                flying = [each for rank in ranks for each in rank if each]
+            points = [Point(s.problem, w.x, w.node.id, w.steps - 1) for s, w in flying]
+            for (_, worker), taken in zip(flying, lanes(points), strict=False):
+                worker.ahead = taken
+            for simulation in [s for s, workers in wants.items() if workers[0].ahead]:
+                go(simulation)
+    finally:
+        lanes.close()
     return came
 
 
@@ -221,14 +233,18 @@ class Simulation:
         seed: int = 0,
         evaluate_every: int | None = None,
         lanes: int | None = None,
+        abreast: int | None = None,
         watch: Callable[[Event], None] | None = None,
     ) -> None:
         if not isinstance(gradients, int) or gradients < 1:
             raise ValueError(f"gradients = {gradients!r}: must be a whole number, at least 1")
         if evaluate_every is not None and evaluate_every < 1:
             raise ValueError(f"evaluate_every = {evaluate_every!r}: must be at least 1, or None")
-        if lanes is not None and (not isinstance(lanes, int) or lanes < 1):
-            raise ValueError(f"lanes = {lanes!r}: must be a whole number, at least 1, or None")
+        for name, count in (("lanes", lanes), ("abreast", abreast)):
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name} = {count!r}: must be a whole number, at least 1, or None")
+        if (lanes or 1) > 1 < (abreast or 1):
+            raise ValueError(f"lanes = {lanes}, abreast = {abreast}: one of them must be 1")
         method.check(cluster.workers)
         gone = cluster.events or [fault for fault in cluster.faults if isinstance(fault, Crashes)]
         if isinstance(method, Local) and gone:
@@ -241,7 +257,7 @@ class Simulation:
         self.scale = (stands or self.x0.numel()) / self.x0.numel()
         self.method = still(method, self.x0) if stands else method
         self.nothing = Taken(torch.zeros_like(self.x0), 0.0) if stands else None
-        self.lanes = lanes
+        self.lanes, self.abreast = lanes, abreast
         self.clock = Clock()
         self.slowdowns, self.crashes, self.losses, self.partitions = (
             [getattr(fault, hook) for fault in cluster.faults if getattr(type(fault), hook) is not getattr(Fault, hook)]
@@ -274,6 +290,7 @@ class Simulation:
                 "seed": seed,
                 "evaluate_every": evaluate_every,
                 "lanes": lanes,
+                "abreast": abreast,
                 "messages": messages(method),
                 "ping": self.traffic.ping(),
                 "parameters": round(self.scale * self.x0.numel()),
@@ -437,6 +454,8 @@ class Simulation:
             self.wanting = worker
             self.clock.at(self.clock.now, -1, self._finish, worker)  # next
             return
+        if isinstance(taken, Future):
+            taken = taken.result()
         if self.evaluate_every:
             self._evaluate_due()
         worker.idle, worker.ahead, worker.flying = self.clock.now, None, False

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, Self, TypeAlias, cast
@@ -36,6 +37,8 @@ HELD = 2 << 30
 """Bytes up to which a data set is kept in memory as tensors."""
 ROOM = 1 << 30
 """Bytes that gradients taken in one call may need."""
+
+NOTHING = torch.empty(0, dtype=torch.int32)
 
 # What a seed is for: the first part of every derived seed, so that no two uses share random numbers.
 _INIT, _ORDER, _DRAW, _AUGMENT, _EVALUATE, _SAMPLE = range(6)
@@ -134,11 +137,13 @@ class Supervised:
 
         ``x`` is ``Tensor[d]`` and is not changed; both results are new and detached. ``step`` counts from 0.
         """
-        live = self._live
-        with _ALONE, _Seeded(live.generators, derive(_DRAW, self.seed, worker, step)), torch.enable_grad():
+        live, seed = self._live, derive(_DRAW, self.seed, worker, step)
+        with live.alone, torch.enable_grad(), ExitStack() as forward:
+            live.guard(forward, seed)
             live.load(x)
             inputs, targets = live.minibatch(self.seed, worker, step)
             loss = self.loss(live.module(inputs), targets)
+            live.turn(forward)
             loss.backward()  # type: ignore[no-untyped-call]
             return live.flat.take_gradient(), loss.detach()
 
@@ -168,6 +173,20 @@ class Supervised:
             self.grad(point.x, point.worker, point.step)
         data = live.flat.data
         return max(1, ROOM // (sum(held.values()) + 4 * data.numel() * data.element_size()))
+
+    def apart(self) -> Self:
+        """The same problem with a module of its own, whose `grad` another thread can call at the same time.
+
+        Torch's generators belong to the whole process: where a forward pass draws from them, only one is made at a time.
+        A backward pass must not draw. Raises ``ValueError`` for a model that is not on the CPU.
+        """
+        device = self._live.device
+        if device.type != "cpu":
+            raise ValueError(f"a model on {device}: only gradients on the CPU gain by being taken abreast, by threads")
+        other = replace(self)
+        with _ALONE:
+            other.__dict__.update(_live=_Apart(self._live), _start=self._start)
+        return other
 
     def reseeded(self, seed: int) -> Self:
         """The same problem with another seed; it shares module and data with this one, where seeds make neither."""
@@ -256,6 +275,7 @@ class _Live:
         self.module = _built(problem)
         self.flat = Flat(self.module)
         self.start = self.flat.data.clone()
+        self.alone: AbstractContextManager[Any] = _ALONE
         self.device = self.flat.data.device
         with _Seeded((torch.default_generator,), derive(_INIT, problem.seed)):  # an item may draw
             self.train = _examples(problem, "train", self.device)
@@ -266,10 +286,16 @@ class _Live:
         # Those that the module itself keeps in evaluation mode (frozen statistics) are not ours to recompute.
         modules = self.module.modules()
         self.norms = [m for m in modules if isinstance(m, _NormBase) and m.track_running_stats and m.training]
-        modules = self.module.modules()
-        self.buffers = [(m, n, b, b.clone()) for m in modules for n, b in m.named_buffers(recurse=False)]
+        self.buffers = _buffers(self.module)
         self.built = {name: b.clone() for name, b in self.module.named_buffers()}
-        self.orders: dict[tuple[int, int], tuple[int, tuple[Tensor, ...]]] = {}
+        self.orders: dict[tuple[int, int], tuple[int, Tensor]] = {}
+
+    def guard(self, forward: ExitStack, seed: int) -> None:
+        """Until ``forward`` closes, what is drawn follows from ``seed``."""
+        forward.enter_context(_Seeded(self.generators, seed))
+
+    def turn(self, forward: ExitStack) -> None:
+        """The forward pass is done, and the backward pass begins."""
 
     def constant(self, module: nn.Module) -> bool:
         """Whether ``module`` differs from ours in nothing but its trainable parameters."""
@@ -292,12 +318,13 @@ class _Live:
 
     def chosen(self, seed: int, worker: int, step: int) -> Tensor:
         """The examples of a minibatch, by number."""
-        turn, place = divmod(step, len(self.train) // self.problem.batch)
-        held, batches = self.orders.get((seed, worker), (-1, ()))
+        batch = self.problem.batch
+        turn, place = divmod(step, len(self.train) // batch)
+        held, order = self.orders.get((seed, worker), (-1, NOTHING))
         if held != turn:
-            batches = self.order(_ORDER, seed, worker, turn)
-            self.orders[seed, worker] = turn, batches
-        return batches[place]
+            order = self.order(_ORDER, seed, worker, turn)
+            self.orders[seed, worker] = turn, order
+        return order[place * batch : (place + 1) * batch]
 
     def augmented(self, inputs: Tensor, seed: int, worker: int, step: int) -> Tensor:
         if self.problem.augment is None:
@@ -305,11 +332,10 @@ class _Live:
         self.own.manual_seed(derive(_AUGMENT, seed, worker, step))
         return self.problem.augment(inputs, self.own)
 
-    def order(self, *seed: int) -> tuple[Tensor, ...]:
-        """A permutation of the training set, cut into minibatches; drawn on the CPU, so that a GPU sees the same."""
+    def order(self, *seed: int) -> Tensor:
+        """A permutation of the training set; drawn on the CPU, so that a GPU sees the same."""
         generator = Generator().manual_seed(derive(*seed))
-        order = torch.randperm(len(self.train), generator=generator, dtype=torch.int32)
-        return torch.split(order.to(self.device), self.problem.batch)
+        return torch.randperm(len(self.train), generator=generator, dtype=torch.int32).to(self.device)
 
     def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
         """What `Supervised.grads` gives: the module's forward pass mapped over lanes, one backward pass for all."""
@@ -359,13 +385,48 @@ class _Live:
         """Recompute the running statistics of batch normalisation, in a module that is in evaluation mode."""
         if not self.norms:
             return
-        batches = self.order(_SAMPLE, seed)
+        batches = torch.split(self.order(_SAMPLE, seed), self.problem.batch)
         for k in range(min(STATISTICS, len(self.train) // self.problem.batch)):
             for norm in self.norms:
                 norm.train()
                 norm.momentum = 1 / (k + 1)  # the plain average; None would mean that too, but not to InstanceNorm
             self.module(self.train.take(batches[k])[0])
         self.module.eval()
+
+
+class _Apart(_Live):
+    """What another one is, with a module and a lock of its own.
+
+    What a forward pass draws is guarded by the lock of all; the backward pass goes on beside those of others.
+    """
+
+    def __init__(self, live: _Live) -> None:
+        self.__dict__.update(live.__dict__)
+        live.load(live.start)
+        self.module = deepcopy(live.module)
+        self.flat = Flat(self.module)
+        self.buffers = _buffers(self.module)
+        self.alone, self.own = threading.RLock(), Generator(self.device)
+        self.draws = self.first = True  # whether a forward pass draws is seen at the first one
+
+    def guard(self, forward: ExitStack, seed: int) -> None:
+        if self.draws:
+            forward.enter_context(_ALONE)
+            forward.enter_context(_Seeded(self.generators, seed))
+            self.before = [g.get_state() for g in self.generators]
+
+    def turn(self, forward: ExitStack) -> None:
+        if self.draws and self.first:
+            self.draws = not all(
+                torch.equal(g.get_state(), b) for g, b in zip(self.generators, self.before, strict=True)
+            )
+            self.first = False
+        forward.close()
+
+
+def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """All buffers: whose, their names, and their values now."""
+    return [(m, n, b, b.clone()) for m in module.modules() for n, b in m.named_buffers(recurse=False)]
 
 
 class _Tensors:
@@ -546,6 +607,12 @@ class Recipe(ABC):
     def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
         """The gradients ``Tensor[n, d]`` and losses ``Tensor[n]`` at points of this task and its kin, in one call."""
         return self.problem.grads([p._replace(problem=p.problem.problem) for p in points])  # type: ignore[attr-defined]
+
+    def apart(self) -> Self:
+        """The same task with a module of its own: see `Supervised.apart`."""
+        other = replace(cast(Any, self))
+        other.__dict__["problem"] = self.problem.apart()
+        return cast(Self, other)
 
     def kin(self) -> object:
         """What it shares with the tasks `reseeded` from it."""
