@@ -301,7 +301,7 @@ def test_running_statistics_are_no_parameters_and_are_recomputed_for_evaluation(
     net.eval()
     norm.train()
     live = p._live
-    for index in live.order(supervised._SAMPLE, p.seed)[: N // 10]:
+    for index in live.order(supervised._SAMPLE, p.seed).split(10)[: N // 10]:
         net(p.train[0][index].double())
     net.eval()
     assert norm.num_batches_tracked == N // 10
