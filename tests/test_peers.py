@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 import offbeat as ob
 from offbeat.core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod
+from offbeat.core.members import Views
 from offbeat.core.method import Local
 from offbeat.core.topology import Ring
 from offbeat.names import read
+from offbeat.runtime import coordinator
 from offbeat.runtime.coordinator import Coordinator, host_for
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import Frame, Link
@@ -205,6 +207,43 @@ def test_peers_come_leave_and_die(cls: type[ob.Method], runs: Callable[..., Run]
     assert run.host.tickets.done == 300
     assert torch.isfinite(x).all()
     assert PROBLEM.evaluate(x)["loss"] < PROBLEM.evaluate(PROBLEM.x0())["loss"]
+
+
+@pytest.mark.parametrize("cls", [ob.methods.DPSGD, ob.methods.SGP, ob.methods.ADPSGD, ob.methods.GoSGD])
+def test_peers_go_on_for_a_moment_without_asking(
+    cls: type[ob.Method], runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that is, comers and goers are in their rounds, and all minibatches are used once."""
+    asked: list[int] = []
+    go_on = Coordinator._go_on
+
+    def count(self: Coordinator, session: Any, note: dict[str, Any]) -> Any:
+        asked.extend([1] if "more" not in note else [])
+        return go_on(self, session, note)
+
+    monkeypatch.setattr(coordinator, "MOMENT", 1e9)
+    monkeypatch.setattr(coordinator, "MOST", 25)
+    monkeypatch.setattr(Coordinator, "_go_on", count)
+    run = runs(cls(), 3, 600)
+    stay = lambda driver: train(driver, PROBLEM, ob.Fixed(0.002))  # noqa: E731
+    for worker, act in enumerate((stay, stay, dies(40))):
+        run.start(worker, act)
+    late(stay, 200, run, 3)
+    _, trace = run.end()
+    assert run.host.tickets.done == len(trace) == 600
+    assert {(2, "crashed"), (3, "joined")} <= {(i.worker, i.what) for i in trace.incidents}
+    assert len(asked) < 600 / 4
+    assert not trace.column("waited").isnan().any()
+
+
+def test_members_are_the_same_until_somebody_comes_or_goes() -> None:
+    views = Views(True, (0, 1))
+    assert views.same(3, 10) == 13
+    assert views.at(12) == (0, 1)
+    views.change(views.asked + 1, {2}, {0})
+    views.change(20, {3}, set())
+    assert (views.same(5, 10), views.same(13, 3), views.same(13, 10), views.same(20, 9)) == (13, 16, 20, 29)
+    assert [views.at(round) for round in (12, 13, 19, 20)] == [(0, 1), (1, 2), (1, 2), (1, 2, 3)]
 
 
 def test_a_coordinator_starts_again_from_its_snapshot(runs: Callable[..., Run], tmp_path: Path) -> None:

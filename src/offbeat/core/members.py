@@ -25,6 +25,10 @@ class Views:
         self.asked = max(self.asked, step)
         return next((members for start, members in reversed(self._views) if start <= step), self._views[0][1])
 
+    def same(self, step: int, rounds: int) -> int:
+        """Up to which round the members are those of round ``step``: so many ``rounds`` after it at most."""
+        return min([step + rounds, *(start for start, _ in self._views if self.rounds and start > step)])
+
     def change(self, start: int, come: set[int], gone: set[int]) -> None:
         """From round ``start`` on these have come and those have gone."""
 

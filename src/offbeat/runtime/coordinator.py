@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from .server import RunServer
 
 FAR = 10_000
 """How many rounds ahead a newcomer may ask in."""
+MOMENT, MOST = 0.05, 100
+"""Seconds for which a peer whose method has no blocks goes on without asking, and rounds that it goes on at most."""
 
 
 @dataclass(eq=False)
@@ -43,6 +46,7 @@ class Attendance(Session):
     show: bool = False  # whether it is to show its model when it next goes on
     average: Average | None = None  # the one that it has asked for
     round: int = 0  # with which it wants to begin
+    asked: tuple[float, int] = (-math.inf, 0)  # when it last went on, and at which round
     entered: bool = False  # whether it has asked in
 
     def mind(self, well: bool, what: str) -> None:
@@ -288,8 +292,7 @@ class Coordinator(Host):
         else:
             turn = range(session.seat.step, session.seat.step + 1)
         session.mind(step in turn, f"begins round {_said(note)}")
-        session.step = step
-        session.end = step + (self.method.span(step) if isinstance(self.method, PeriodicMethod) else 1)
+        session.step, session.end = step, self._end(session, step)
         self.step = max(self.step, step)
         tickets = self._hand(session, note)
         if session in self.founders:  # it was to begin anew, and has got a state from one who has gone since
@@ -310,7 +313,19 @@ class Coordinator(Host):
                 other.show = True
         show, session.show = session.show, False
         members = room.views.at(session.end - 1)  # which closes all rounds of the block to newcomers
-        return {"tickets": tickets, "welcome": _lives(newcomers), "show": show, "members": members}
+        news = {"welcome": _lives(newcomers), "show": show}
+        return {"tickets": tickets, "members": members, "end": session.end, **news}
+
+    def _end(self, session: Attendance, step: int) -> int:
+        """Up to which round a peer that begins round ``step`` goes on without asking: its block, or a moment's worth of
+        rounds with the same members.
+        """
+        if isinstance(self.method, PeriodicMethod):
+            return step + self.method.span(step)
+        assert self.room is not None
+        (then, before), session.asked = session.asked, (time.monotonic(), step)
+        rounds = int(MOMENT * (step - before) / (session.asked[0] - then)) if self.terms.shard[1] == 1 else 1
+        return self.room.views.same(step, max(1, min(rounds, MOST)))
 
     def _report(self, session: Attendance, note: dict[str, Any]) -> None:
         """Record what a peer has done since it last said so; under the lock."""

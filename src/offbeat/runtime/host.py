@@ -126,7 +126,9 @@ class Session:
     head: Header
     held: deque[int] = field(default_factory=deque)  # tickets that it has and has not used
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=20))
-    moments: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # of its last gradients
+    moments: deque[tuple[float, int]] = field(
+        default_factory=lambda: deque(maxlen=50)
+    )  # when it had how many gradients
     lag: int = 0
     gap: float = math.nan
 
@@ -514,7 +516,7 @@ class Host(ABC):
     ) -> None:
         """Record ``count`` gradients of a worker from its ``step`` on, which took effect now; under the lock."""
         now = self.last = self.seconds
-        losses, compute = _floats(note.get("losses"), count), _floats(note.get("compute"), count)
+        losses, compute, waited = (_floats(note.get(name), count) for name in ("losses", "compute", "waited"))
         for k in range(count):
             last = k == count - 1
             event = Event(
@@ -526,7 +528,7 @@ class Host(ABC):
                 math.nan,
                 losses[k],
                 compute[k],
-                _float(note.get("waited")) if k == 0 else 0.0,
+                waited[k],
                 float(length) if last else 0.0,
                 extra=extra if last else {},
             )
@@ -534,7 +536,7 @@ class Host(ABC):
         self.steps[session.worker] = step + count
         self._used(session, note.get("used"))
         session.losses.extend(loss for loss in losses if math.isfinite(loss))
-        session.moments.extend([now] * count)
+        session.moments.append((now, self.steps[session.worker]))
 
     def _gone(self, session: Session, orderly: bool) -> None:
         """A worker's life is over: under the lock."""
@@ -666,9 +668,11 @@ def _loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def _rate(moments: deque[float]) -> float:
-    span = moments[-1] - moments[0] if len(moments) > 1 else 0.0
-    return (len(moments) - 1) / span if span > 0 else math.nan
+def _rate(moments: deque[tuple[float, int]]) -> float:
+    if len(moments) < 2:
+        return math.nan
+    (began, before), (now, count) = moments[0], moments[-1]
+    return (count - before) / (now - began) if now > began else math.nan
 
 
 def _float(value: Any) -> float:

@@ -219,9 +219,11 @@ class Peer(Driver):
             self.begun = False  # whether the coordinator was told of a round, and its word to go on was not taken yet
             self.posted: deque[Posted] = deque()  # what was sent and is not acknowledged yet
         self.since = 0  # gradients since the coordinator was last asked to go on
+        self.end = 0  # up to which round it need not be asked again
         self.losses: list[float] = []  # of gradients that it has not been told of
         self.computes: list[float] = []
-        self.waited, self.used, self.sent, self.said = 0.0, 0, 0, time.monotonic()  # sent: bytes of payload
+        self.waits: list[float] = []
+        self.used, self.sent, self.said = 0, 0, time.monotonic()  # sent: bytes of payload
         head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
         host, port = listener.getsockname()[:2]
         about: dict[str, Any] = {
@@ -517,10 +519,10 @@ class Peer(Driver):
             if self.deeds:
                 note["deeds"], self.deeds = self.deeds, []
         if self.losses:
-            note |= {"losses": self.losses, "compute": self.computes, "waited": self.waited, "sent": self.sent}
+            note |= {"losses": self.losses, "compute": self.computes, "waited": self.waits, "sent": self.sent}
             self.sent = 0
             note["used"], self.used = 0 if self.team.rank else self.used, 0  # minibatches are the first rank's
-            self.losses, self.computes = [], []
+            self.losses, self.computes, self.waits = [], [], []
         self.said = time.monotonic()
         self.link.send(self.head._replace(kind=kind), None, note)
 
@@ -565,7 +567,7 @@ class Peer(Driver):
                 request = self.loop.send(answer)
         self._delivered()
         self.request = request
-        if request.free:
+        if request.free and not self.begun and self.node.step >= self.end:
             self._begin()
 
     def _did(self, *deed: Any) -> None:
@@ -585,7 +587,7 @@ class Peer(Driver):
         if not self.begun:
             return
         note = self._answered("the coordinator's word to go on")
-        self.begun = False
+        self.begun, self.end = False, note["end"]
         if self.rounds:
             self._met(tuple(note["members"]))
         self.fresh += note["tickets"]
@@ -941,8 +943,8 @@ class Peer(Driver):
 
     def step(self, g: Tensor, loss: float) -> None:
         now = time.perf_counter()
-        self.waited = self.waited if self.losses else self._waited
         self.losses.append(loss)
+        self.waits.append(self._waited)
         self.computes.append(now - self._since)
         self.since += max(1, self._used)
         self.used, self._used = self.used + self._used, 0

@@ -442,7 +442,7 @@ class Worker(Driver):
         note = {
             "losses": self._losses,
             "compute": self._computes,
-            "waited": self._waited,
+            "waited": [self._waited, *(0.0 for _ in self._losses[1:])],
             "used": self._used,
             "want": max(1, self._used) + ahead,
         }
