@@ -31,7 +31,7 @@ from .server import RunServer
 FAR = 10_000
 """How many rounds ahead a newcomer may ask in."""
 MOMENT, MOST = 0.05, 100
-"""Seconds for which a peer whose method has no blocks goes on without asking, and rounds that it goes on at most."""
+"""Seconds for which a peer goes on without asking, where that is longer than its block, and rounds that it goes on at most."""
 
 
 @dataclass(eq=False)
@@ -317,15 +317,20 @@ class Coordinator(Host):
         return {"tickets": tickets, "members": members, "end": session.end, **news}
 
     def _end(self, session: Attendance, step: int) -> int:
-        """Up to which round a peer that begins round ``step`` goes on without asking: its block, or a moment's worth of
-        rounds with the same members.
+        """Up to which round a peer that begins round ``step`` goes on without asking: its block, and as many more as fit into
+        a moment and have the same members.
         """
-        if isinstance(self.method, PeriodicMethod):
-            return step + self.method.span(step)
         assert self.room is not None
         (then, before), session.asked = session.asked, (time.monotonic(), step)
-        rounds = int(MOMENT * (step - before) / (session.asked[0] - then)) if self.terms.shard[1] == 1 else 1
-        return self.room.views.same(step, max(1, min(rounds, MOST)))
+        rounds = int(MOMENT * (step - before) / (session.asked[0] - then)) if self.terms.shard[1] == 1 else 0
+        limit, end = self.room.views.same(step, min(rounds, MOST)), step
+        while end == step or end + self._span(end) <= limit:
+            end += self._span(end)
+        return end
+
+    def _span(self, step: int) -> int:
+        """The length of the block that begins with ``step``."""
+        return self.method.span(step) if isinstance(self.method, PeriodicMethod) else 1
 
     def _report(self, session: Attendance, note: dict[str, Any]) -> None:
         """Record what a peer has done since it last said so; under the lock."""
