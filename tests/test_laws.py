@@ -684,8 +684,8 @@ def corrected(
 ) -> Tensor:
     """The direction after one visit whose mover's velocity is ``v`` and whose gap is ``gap``."""
     theta = torch.ones_like(g) if theta is None else theta
-    tau = torch.ones((), dtype=torch.float64)
-    stale = Stale(g, wd * theta, theta, theta - gap, tau, lr, lambda: v)
+    first, second = torch.arange(2, dtype=torch.float64)
+    stale = Stale(g, wd * theta, theta, theta - gap, second, first, lr, lambda: v)
     return PENALTY.correct(PENALTY.begin(theta), (), stale)[0]
 
 
@@ -735,7 +735,7 @@ def test_global_gap_penalty_is_one_number_for_the_model() -> None:
     penalty, g, v = GlobalGapPenalty(), BOWL.grad(X0, 0, 0)[0], BOWL.grad(X0, 0, 1)[0]
 
     def global_p(gap: Tensor, v: Tensor, lr: float = LR) -> float:
-        stale = Stale(g, 0.0, X0, X0 - gap, torch.ones((), dtype=torch.float64), lr, lambda: v)
+        stale = Stale(g, 0.0, X0, X0 - gap, *torch.arange(2, dtype=torch.float64).flip(0), lr, lambda: v)
         memory = penalty.begin(X0)
         d, memory, _ = penalty.correct(memory, (), stale._replace(sums=penalty.sums(memory, (), stale)))
         torch.testing.assert_close(memory.length, 0.001 * v.norm(), rtol=1e-9, atol=0)
@@ -771,7 +771,8 @@ def test_staleness_up_to_one_is_not_penalised(workers: int) -> None:
 def test_staleness_divides(tau: int) -> None:
     """arXiv:1511.05950 eq. (6): a lag of tau divides the gradient, weight decay included, by max(1, tau)."""
     g, decay = BOWL.grad(X0, 0, 0)[0], WD * X0
-    stale = Stale(g, decay, X0, (), torch.tensor(float(tau), dtype=torch.float64), LR, lambda: g)
+    at = torch.tensor(7.0, dtype=torch.float64)
+    stale = Stale(g, decay, X0, (), at + tau, at, LR, lambda: g)
     torch.testing.assert_close(
         StalenessPenalty().correct((), (), stale)[0], (g + decay) / max(1, tau), rtol=1e-15, atol=0
     )

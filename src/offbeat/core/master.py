@@ -30,10 +30,16 @@ class Stale(NamedTuple):
     decay: Number  # weight decay at the master's point, weight_decay * x [d]
     x: Tensor  # the master's point now (theta) [d]
     sent: Any  # the point that the worker was sent (w_i) [d]; () unless the correction `compares`
-    lag: Tensor  # updates of the master between sending and now (tau), 0-dim
+    step: Tensor  # updates of the master before now, 0-dim
+    at: Tensor  # and before the point was sent, 0-dim
     lr: Number  # the rate now (eta)
     velocity: Callable[[], Tensor]  # what the master last moved along for this worker, before the rate (v_i) [d]
     sums: tuple[Tensor, ...] = ()  # what the correction's `sums` come to over the whole model, 0-dim each
+
+    @property
+    def lag(self) -> Tensor:
+        """Updates of the master between sending and now (tau), 0-dim."""
+        return self.step - self.at
 
 
 @dataclass(frozen=True)
@@ -162,8 +168,10 @@ class Master(GradientServer):
 
     def stale(self, s: MasterState, own: Seat, msg: Tensor) -> Stale:
         """The gradient that has arrived, as a correction sees it."""
-        lag, lr = s.step - own.at, self.rate_for(s, own)
-        return Stale(msg, self.decay(s), s.x, own.sent, lag, lr, lambda: self.velocity(s.mover, own.mover, msg))
+        lr = self.rate_for(s, own)
+        return Stale(
+            msg, self.decay(s), s.x, own.sent, s.step, own.at, lr, lambda: self.velocity(s.mover, own.mover, msg)
+        )
 
     def sums(self, s: MasterState, own: Seat, msg: Tensor) -> tuple[Tensor, ...]:
         return self.correction.sums(s.memory, own.memory, self.stale(s, own, msg))

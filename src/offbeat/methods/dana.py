@@ -44,7 +44,7 @@ class DanaZero(Master):
         return shared - mine
 
     def move(self, x: Tensor, shared: Tensor, mine: Tensor, d: Tensor, lr: Number) -> tuple[Tensor, Tensor, Tensor]:
-        v = self.momentum * mine + d
+        v = torch.add(d, mine, alpha=self.momentum)
         return x - lr * v, shared + (v - mine), v
 
     def sends(self, x: Tensor, shared: Tensor, lr: Number) -> Tensor:
