@@ -30,12 +30,12 @@ class ASGD(Master):
     momentum: float = 0.0
     """Heavy-ball momentum (gamma) at the master, in [0, 1)."""
 
-    def begin(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)  # v [d]
+    def begin(self, x: Tensor) -> Any:
+        return torch.zeros_like(x) if self.momentum else ()  # v [d]
 
-    def move(self, x: Tensor, shared: Tensor, mine: Any, d: Tensor, lr: Number) -> tuple[Tensor, Tensor, Any]:
-        v = self.momentum * shared + d
-        return x - lr * v, v, mine
+    def move(self, x: Tensor, shared: Any, mine: Any, d: Tensor, lr: Number) -> tuple[Tensor, Any, Any]:
+        v = self.momentum * shared + d if self.momentum else d
+        return x - lr * v, v if self.momentum else (), mine
 
-    def velocity(self, shared: Tensor, mine: Any, g: Tensor) -> Tensor:
+    def velocity(self, shared: Any, mine: Any, g: Tensor) -> Tensor:
         return shared if self.momentum else g
