@@ -8,14 +8,10 @@ both; its evaluation is of 1,000 images.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 import offbeat as ob
-from benchmarks.measure import Row
+from benchmarks.measure import Row, seconds
 from offbeat.engines.simulator import Simulation, together
 from offbeat.tasks import DataMissing, Supervised
 from offbeat.tasks.supervised import Recipe
@@ -48,12 +44,6 @@ def plain(problem: Supervised, gradients: int) -> None:
     problem.evaluate(torch.nn.utils.parameters_to_vector(module.parameters()).detach())
 
 
-def timed(act: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
-
-
 def simulated(task: Recipe, workers: int, gradients: int) -> None:
     ob.simulate(ob.methods.DanaZero(lr=0.05 / workers), task, ob.Cluster(workers), gradients=gradients)
 
@@ -77,10 +67,10 @@ def run() -> list[Row]:
         for repeat in range(-1, REPEATS):  # the first does not count
             for workers in times:
                 if workers:
-                    seconds = timed(lambda: simulated(task, workers, gradients))  # noqa: B023
+                    took = seconds(lambda: simulated(task, workers, gradients))  # noqa: B023
                 else:
-                    seconds = timed(lambda: plain(problem, gradients))  # noqa: B023
-                times[workers] += [seconds] if repeat >= 0 else []
+                    took = seconds(lambda: plain(problem, gradients))  # noqa: B023
+                times[workers] += [took] if repeat >= 0 else []
         base = times.pop(0)
         for workers, each in times.items():
             what = f"{workers} worker{'s' * (workers > 1)}"
@@ -92,6 +82,6 @@ def run() -> list[Row]:
             growth = tuple(a / b for a, b in zip(times[128], times[8], strict=True))
             rows.append(Row("128 workers / 8 workers", "x", growth, name, aim=1.1, less=True))
     task = ob.tasks.Digits()
-    beside = [timed(lambda: seeds(task, True)) / timed(lambda: seeds(task, False)) for _ in range(REPEATS + 1)]
+    beside = [seconds(lambda: seeds(task, True)) / seconds(lambda: seeds(task, False)) for _ in range(REPEATS + 1)]
     what = f"{SEEDS} seeds of 8 workers: side by side / one after the other"
     return [*rows, Row(what, "x", tuple(beside[1:]), "digits", less=True)]

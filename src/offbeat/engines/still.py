@@ -41,7 +41,7 @@ def still(method: Method, x0: Tensor) -> Method:
     handlers: dict[str, Callable[..., Any]] = {"params": lambda w: x0, "local": lambda w, g: w}
     if isinstance(method, OuterMethod):
         inner = still(method.inner, x0)
-        return _still(method, **_periodic(method, w), params=lambda w: x0, local=lambda w, g: w, inner=inner)
+        return _still(method, **handlers, **_periodic(method, w), inner=inner)
     if isinstance(method, PeriodicMethod):
         return _still(method, **handlers, **_periodic(method, w))
     if isinstance(method, GossipMethod):
