@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -56,6 +56,17 @@ def branching() -> nn.Module:
             return x if float(x.detach().sum()) > 0 else -x
 
     return nn.Sequential(plain(), Branch())
+
+
+class Behind(nn.Module):
+    """A net, and what is done with its outputs."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.act = plain(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.layer(x))
 
 
 def flip(inputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -191,7 +202,7 @@ class Counting:
         return self
 
     def apart(self) -> Counting:
-        return self
+        raise ValueError("its clock is one for all threads")
 
     def room(self, point: Point) -> int:
         return 6
@@ -293,15 +304,7 @@ def test_what_draws_where_nothing_guards_it_is_not_taken_abreast() -> None:
         def backward(ctx: object, g: Tensor) -> Tensor:
             return g + torch.rand_like(g)
 
-    class Rough(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = plain()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Straight.apply(self.layer(x))  # type: ignore[no-any-return]
-
-    rough = problem(Rough)
+    rough = problem(lambda: Behind(Straight.apply))
     threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="pass abreast=1"):
         ob.simulate(ob.methods.ASGD(lr=0.01), rough, ob.Cluster(4), gradients=20, abreast=2)
@@ -338,30 +341,19 @@ def test_gradients_abreast_are_taken_at_the_same_time() -> None:
             both.wait()
             return g
 
-    class Met(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = plain()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Meeting.apply(self.layer(x))  # type: ignore[no-any-return]
-
-    run = ob.simulate(ob.methods.ASGD(lr=0.01), problem(Met), ob.Cluster(2), gradients=8, abreast=2)
+    run = ob.simulate(
+        ob.methods.ASGD(lr=0.01), problem(lambda: Behind(Meeting.apply)), ob.Cluster(2), gradients=8, abreast=2
+    )
     assert len(run.trace) == 8
 
 
 def test_an_error_in_a_gradient_abreast_is_the_caller_s() -> None:
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = plain()
-
-        def forward(self, x: Tensor) -> Tensor:
-            raise KeyError("what the module says")
+    def fail(outputs: Tensor) -> Tensor:
+        raise KeyError("what the module says")
 
     threads = torch.get_num_threads()
     with pytest.raises(KeyError, match="what the module says"):
-        ob.simulate(ob.methods.ASGD(lr=0.01), problem(Broken), ob.Cluster(4), gradients=20, abreast=2)
+        ob.simulate(ob.methods.ASGD(lr=0.01), problem(lambda: Behind(fail)), ob.Cluster(4), gradients=20, abreast=2)
     assert torch.get_num_threads() == threads
 
 
