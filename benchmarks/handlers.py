@@ -2,7 +2,7 @@
 
 The bytes that must move are those of each vector that the handler reads, once, and of each that it makes, once; what it
 passes on unchanged (GEM's old centre, which becomes the worker's copy) need not move. They are divided by the time, and that
-by what a triad ``a = b + s c`` on vectors of the same kind makes of its three streams, measured next to it in each repeat:
+by what a triad ``a = b + s c`` on vectors of the same kind makes of its three streams, measured right before:
 by inductor and by ``torch.add(out=)``, the faster counts. So 100 % is the triad's speed. Fused, in the fastest blocks, eager.
 """
 
@@ -72,29 +72,30 @@ class Triad:
 
 
 def measure(name: str, kernel: Kernel, triad: Triad) -> Row:
-    took = kernel.warm(SIZE, repeats=1)
+    raced = kernel.warm(SIZE, repeats=1)
     streams = kernel.reads + sum(t.dim() for t in kernel.new)
     if not streams:
         return Row(name, UNIT, (math.nan,), "what moves nothing", "it passes on what it is given")
     args: Any = rebuild(kernel.args, [filled() if t.dim() else t + 5 for t in leaves(kernel.args)])
-    block = min(BLOCKS, key=lambda b: took.get(f"in blocks of {b}", float("inf")))
+    block = min(BLOCKS, key=lambda b: raced.get(f"in blocks of {b}", float("inf")))
     ways: dict[str, Callable[[], Any]] = {
         "fused": lambda: kernel.fused(*args),
         "in blocks": lambda: kernel.blocked(*args, block=block),
         "eager": lambda: kernel.eager(*args),
     }
+    bytes_moved = 4 * SIZE * streams
     shares: dict[str, list[float]] = {way: [] for way in ways}
-    roofs = []
+    rates = []
     for _ in range(REPEATS):
-        # in turn, the best of each, as other processes come between
-        both = [(triad.seconds(), seconds(ways["fused"])) for _ in range(4)]
-        roof, fused = (min(each) for each in zip(*both, strict=True))
-        roofs.append(12 * SIZE / roof / 1e9)
-        for way, act in ways.items():
-            took_now = fused if way == "fused" else seconds(act)
-            shares[way].append(100 * 4 * SIZE * streams / took_now / 1e9 / roofs[-1])
+        # each next to a triad, as what the memory gives changes within seconds
+        pairs = [(triad.seconds(), seconds(ways["fused"])) for _ in range(4)]
+        shares["fused"].append(statistics.median(100 * bytes_moved * roof / (12 * SIZE * took) for roof, took in pairs))
+        rates.append(bytes_moved / min(took for _, took in pairs) / 1e9)
+        for way in ("in blocks", "eager"):
+            roof, took = triad.seconds(), seconds(ways[way])
+            shares[way].append(100 * bytes_moved * roof / (12 * SIZE * took))
     middle = {way: statistics.median(values) for way, values in shares.items()}
-    rate = middle["fused"] / 100 * statistics.median(roofs)
+    rate = statistics.median(rates)
     note = f"{kernel.reads} read, {streams - kernel.reads} written, {rate:.0f} GB/s; "
     note += f"in blocks {middle['in blocks']:.0f} %, eager {middle['eager']:.0f} %"
     return Row(name, UNIT, tuple(shares["fused"]), "fused", note, aim=85.0)
@@ -103,4 +104,5 @@ def measure(name: str, kernel: Kernel, triad: Triad) -> Row:
 def run() -> list[Row]:
     torch.set_num_threads(os.cpu_count() or 1)
     triad = Triad()
-    return [measure(name, kernel(), triad) for name, kernel in cases()]
+    rows = [measure(name, kernel(), triad) for name, kernel in cases()]
+    return sorted(rows, key=lambda row: math.isnan(row.median))

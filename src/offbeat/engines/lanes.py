@@ -63,7 +63,7 @@ class Threads:
         self.count, self.state = count, torch.get_rng_state()
         self.copies: dict[int, tuple[Batched, SimpleQueue[Batched]]] = {}  # of each problem; free ones
         self.pool = ThreadPoolExecutor(count, "gradients")
-        every, self.threads = Barrier(count + 1), torch.get_num_threads()
+        every, self.threads = Barrier(count + 1, timeout=60), torch.get_num_threads()
 
         def begin() -> None:
             torch.get_num_threads()  # torch sets a thread's number when it is first asked
@@ -181,9 +181,7 @@ class Lanes:
 def _tried_abreast(problem: Batched, points: Sequence[Point], seconds: float, affordable: int) -> int:
     """How many threads to use, where a gradient takes so many seconds by itself, and that many may be taken to find out."""
     count = min(torch.get_num_threads(), len(points))
-    many = [point for point in points for _ in range(4)][
-        : 4 * count
-    ]  # some for each, as one waits for another now and then
+    many = [*points, *points, *points, *points][: 4 * count]  # as one thread waits for another now and then
     if count < 2 or 2 * len(many) + 2 > affordable:
         return 1
     seconds = min(seconds, _timed(lambda: _alone(points[0]))[1])  # the first gets warm
