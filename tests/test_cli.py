@@ -146,6 +146,16 @@ def test_simulate_warms_up_over_a_part_of_the_run(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("_no_page")
+@pytest.mark.parametrize("way", ["lanes", "abreast"])
+def test_simulate_takes_gradients_as_it_is_told(capsys: pytest.CaptureFixture[str], way: str) -> None:
+    argv = ["--task", "digits", "--gradients", "40", "--evaluations", "2", "--workers", "4"]
+    told(capsys, "simulate", *argv, f"--{way}", "3", "--out", "x")
+    trace = ob.Trace.read("x/trace.jsonl")
+    assert {name: trace.header[name] for name in ("lanes", "abreast")} == {"lanes": 1, "abreast": 1} | {way: 3}
+    assert rerun(trace).trace == trace
+
+
+@pytest.mark.usefixtures("_no_page")
 def test_a_field_that_a_flag_hides_keeps_its_prefix(capsys: pytest.CaptureFixture[str]) -> None:
     told(capsys, "simulate", "--method", "ssp", "--method.method", "DanaZero(0.02)", *QUICK, "--out", "x")
     assert "SSP(method=DanaZero(lr=0.02" in ob.Trace.read("x/trace.jsonl").header["method"]
