@@ -588,7 +588,7 @@ def test_a_users_problem_pickles_without_what_it_built():
     p = problem(noisy)
     g = p.grad(p.x0(), 0, 0)
     stored = pickle.dumps(p)
-    assert len(stored) == len(pickle.dumps(problem(noisy)))
+    assert abs(len(stored) - len(pickle.dumps(problem(noisy)))) < 20  # which strings are one object differs
     assert same(pickle.loads(stored).grad(p.x0(), 0, 0), g)
     assert "tensor" not in repr(p)
 

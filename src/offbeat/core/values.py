@@ -59,7 +59,7 @@ def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> Any:
     """
     try:
         with _ALONE:
-            tree = ast.parse(text.strip(), mode="eval")
+            tree = ast.parse(text.strip().replace("\0", "\\0"), mode="eval")  # of a NUL some Pythons say something else
         return _build(tree.body, text, names)
     except SyntaxError as error:
         raise ValueError(f"cannot read the value {text!r}: {error.msg}") from None

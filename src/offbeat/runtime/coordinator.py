@@ -31,7 +31,8 @@ from .server import RunServer
 FAR = 10_000
 """How many rounds ahead a newcomer may ask in."""
 MOMENT, MOST = 0.05, 100
-"""Seconds for which a peer goes on without asking, where that is longer than its block, and rounds that it goes on at most."""
+"""Seconds for which a peer that needs no minibatches goes on without asking, where that is longer than its block, and rounds
+that it goes on at most."""
 
 
 @dataclass(eq=False)
@@ -292,7 +293,8 @@ class Coordinator(Host):
         else:
             turn = range(session.seat.step, session.seat.step + 1)
         session.mind(step in turn, f"begins round {_said(note)}")
-        session.step, session.end = step, self._end(session, step)
+        moment = MOMENT if note.get("want") == 0 and self.terms.shard[1] == 1 else 0.0  # else it asks anyway
+        session.step, session.end = step, self._end(session, step, moment)
         self.step = max(self.step, step)
         tickets = self._hand(session, note)
         if session in self.founders:  # it was to begin anew, and has got a state from one who has gone since
@@ -316,13 +318,13 @@ class Coordinator(Host):
         news = {"welcome": _lives(newcomers), "show": show}
         return {"tickets": tickets, "members": members, "end": session.end, **news}
 
-    def _end(self, session: Attendance, step: int) -> int:
+    def _end(self, session: Attendance, step: int, moment: float) -> int:
         """Up to which round a peer that begins round ``step`` goes on without asking: its block, and as many more as fit into
-        a moment and have the same members.
+        a ``moment`` and have the same members.
         """
         assert self.room is not None
         (then, before), session.asked = session.asked, (time.monotonic(), step)
-        rounds = int(MOMENT * (step - before) / (session.asked[0] - then)) if self.terms.shard[1] == 1 else 0
+        rounds = int(moment * (step - before) / (session.asked[0] - then))
         limit, end = self.room.views.same(step, min(rounds, MOST)), step
         while end == step or end + self._span(end) <= limit:
             end += self._span(end)

@@ -215,10 +215,10 @@ class Peer(Driver):
             self.turn = (-1, 0)  # the last average: its round, and how many of that round came before it
             self.mean: Mean | None = None  # the last average, for members who could not take it
             self.newcomers: list[tuple[int, int]] = []  # who begins with this one's state: the worker, and its life
-            self.born = self.closing = False
+            self.born = self.closing = self.done = False
             self.begun = False  # whether the coordinator was told of a round, and its word to go on was not taken yet
             self.posted: deque[Posted] = deque()  # what was sent and is not acknowledged yet
-        self.since = 0  # gradients since the coordinator was last asked to go on
+        self.since = 0  # minibatches used since the coordinator was last asked to go on
         self.end = 0  # up to which round it need not be asked again
         self.losses: list[float] = []  # of gradients that it has not been told of
         self.computes: list[float] = []
@@ -452,6 +452,9 @@ class Peer(Driver):
                 self.node.state = self.method.inherit(self.node.state, message)
                 self.deeds.append(["heir", which])
             elif header.kind == Kind.SEND:
+                if self.done and self.rounds:  # nobody takes it any more
+                    link.send(self.head._replace(kind=Kind.REFUSED))
+                    return
                 self.inbox.append(Entry(which, round, message))
             else:
                 assert isinstance(self.method, PairGossipMethod)
@@ -577,7 +580,7 @@ class Peer(Driver):
 
     def _begin(self) -> None:
         """Everything is delivered: tell the coordinator. Its word to go on comes while the next gradient is computed."""
-        want = max(1, self.since) - len(self.tickets)
+        want = max(self.since, self.node.step == self.node.since) - len(self.tickets)
         self.since = 0
         self._tell(Kind.BEGIN, {"round": self.node.step, "want": 0 if self.team.rank else max(0, want)})
         self.begun = True
@@ -636,8 +639,7 @@ class Peer(Driver):
         head = self.head._replace(kind=Kind.SEND, version=self.numbers, step=self.node.step)
         with self.monitor:
             about = self.alive.get(to)
-        if about is None:
-            self._drop(to)
+        if about is None or about["place"] == "done":  # of whom nobody takes it
             return False
         link: Link | None = None
         with contextlib.suppress(LinkLost, Corrupt, PermissionError):  # said, if it lasts, when it is sent again
@@ -658,13 +660,15 @@ class Peer(Driver):
                     self._did("kept", [(head.worker, head.incarnation, head.version)])
 
     def _confirmed(self, posted: Posted) -> bool:
-        """Whether a message has come, which is sent again where it must be; False where its receiver is dead."""
+        """Whether a message was taken; it is sent again where it must be. False where its receiver is dead or done."""
         head, to, life, msg, note, link = posted
+        frame: Frame | None = None
         if link is not None:
             with contextlib.suppress(LinkLost, Corrupt):
-                link.recv({Kind.ANSWER: 0}, f"worker {to}'s answer")
-                return True
-        return self._bring(head, head.version, Kind.SEND, to, msg, note, None, life) is not None
+                frame = link.recv({Kind.ANSWER: 0, Kind.REFUSED: 0}, f"worker {to}'s answer")
+        if frame is None:
+            frame = self._bring(head, head.version, Kind.SEND, to, msg, note, None, life)
+        return frame is not None and frame.header.kind == Kind.ANSWER
 
     def _exchange(
         self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None, life: int | None = None
@@ -695,7 +699,7 @@ class Peer(Driver):
         late = time.monotonic() + self.timeout
         head = head._replace(kind=kind, version=number, step=self.node.step)
         due = {Kind.REPLY: self.answer.bytes} if kind == Kind.ASK else {Kind.ANSWER: 0}
-        if kind == Kind.HEIR:
+        if kind in (Kind.HEIR, Kind.SEND):
             due[Kind.REFUSED] = 0
         while True:
             with self.monitor:
@@ -946,7 +950,7 @@ class Peer(Driver):
         self.losses.append(loss)
         self.waits.append(self._waited)
         self.computes.append(now - self._since)
-        self.since += max(1, self._used)
+        self.since += self._used
         self.used, self._used = self.used + self._used, 0
         if not finite(g):
             self._diverged("its gradient is not finite")
@@ -1002,6 +1006,8 @@ class Peer(Driver):
             with self.changed:
                 while self.away:
                     self._wait("the end of pushes that are on their way")
+            with self.monitor:
+                self.done = done
             if done:
                 self._show()
                 self._disband()
