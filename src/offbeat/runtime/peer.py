@@ -639,7 +639,9 @@ class Peer(Driver):
         head = self.head._replace(kind=Kind.SEND, version=self.numbers, step=self.node.step)
         with self.monitor:
             about = self.alive.get(to)
-        if about is None or about["place"] == "done":  # of whom nobody takes it
+        if about is None or about["place"] == "done":  # nobody takes it
+            if about is None:
+                self._drop(to)
             return False
         link: Link | None = None
         with contextlib.suppress(LinkLost, Corrupt, PermissionError):  # said, if it lasts, when it is sent again
