@@ -69,6 +69,21 @@ class Behind(nn.Module):
         return self.act(self.layer(x))
 
 
+def backwards(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Does nothing forwards, and ``act`` with the gradient."""
+
+    class Acting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> Tensor:
+            return act(g)
+
+    return Acting.apply  # type: ignore[no-any-return]
+
+
 def flip(inputs: Tensor, generator: torch.Generator) -> Tensor:
     return inputs * torch.randint(2, (len(inputs), 1, 1, 1), generator=generator)
 
@@ -293,18 +308,8 @@ def test_seeds_abreast_are_the_seeds_alone() -> None:
 
 
 def test_what_draws_where_nothing_guards_it_is_not_taken_abreast() -> None:
-    class Straight(torch.autograd.Function):
-        """Draws in the backward pass, as in stochastic rounding."""
-
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return x * 1
-
-        @staticmethod
-        def backward(ctx: object, g: Tensor) -> Tensor:
-            return g + torch.rand_like(g)
-
-    rough = problem(lambda: Behind(Straight.apply))
+    """In the backward pass, as in stochastic rounding."""
+    rough = problem(lambda: Behind(backwards(lambda g: g + torch.rand_like(g))))
     threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="pass abreast=1"):
         ob.simulate(ob.methods.ASGD(lr=0.01), rough, ob.Cluster(4), gradients=20, abreast=2)
@@ -331,18 +336,12 @@ def test_gradients_are_taken_abreast_where_one_by_one_is_measured_to_be(seconds:
 def test_gradients_abreast_are_taken_at_the_same_time() -> None:
     both = threading.Barrier(2, timeout=60)
 
-    class Meeting(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return x * 1
-
-        @staticmethod
-        def backward(ctx: object, g: Tensor) -> Tensor:
-            both.wait()
-            return g
+    def meet(g: Tensor) -> Tensor:
+        both.wait()
+        return g
 
     run = ob.simulate(
-        ob.methods.ASGD(lr=0.01), problem(lambda: Behind(Meeting.apply)), ob.Cluster(2), gradients=8, abreast=2
+        ob.methods.ASGD(lr=0.01), problem(lambda: Behind(backwards(meet))), ob.Cluster(2), gradients=8, abreast=2
     )
     assert len(run.trace) == 8
 

@@ -112,10 +112,11 @@ class Lanes:
 
     def __init__(self, problem: Problem, most: int | None, abreast: int | None, gradients: int) -> None:
         self.problem, self.gradients = problem, gradients
-        known = most is not None or abreast is not None or not isinstance(problem, Batched)
-        self.most, self.abreast = (most or 1, abreast or 1) if known else (most, abreast)
         if not isinstance(problem, Batched):
-            self.most = self.abreast = 1
+            most = abreast = 1
+        elif most or abreast:
+            most, abreast = most or 1, abreast or 1
+        self.most, self.abreast = most, abreast
         self.done: tuple[Point, Taken] | None = None  # what was taken to find out
         self.threads: Threads | None = None
 

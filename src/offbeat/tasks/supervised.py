@@ -360,9 +360,7 @@ class _Live:
             grads = torch.empty_like(x)
             for place, part in zip(torch.split(grads, sizes, 1), each, strict=True):
                 place.view(part.shape).copy_(part)
-            if draws is None and any(
-                not torch.equal(g.get_state(), b) for g, b in zip(self.generators, before, strict=True)
-            ):
+            if draws is None and _drawn(self.generators, before):
                 self.draws = True  # the lanes have drawn from one stream: again, each from its own
         return self.grads(points) if self.draws and draws is None else (grads, losses.detach())
 
@@ -412,14 +410,12 @@ class _Apart(_Live):
     def guard(self, forward: ExitStack, seed: int) -> None:
         if self.draws:
             forward.enter_context(_ALONE)
-            forward.enter_context(_Seeded(self.generators, seed))
+            super().guard(forward, seed)
             self.before = [g.get_state() for g in self.generators]
 
     def turn(self, forward: ExitStack) -> None:
         if self.draws and self.first:
-            self.draws = not all(
-                torch.equal(g.get_state(), b) for g, b in zip(self.generators, self.before, strict=True)
-            )
+            self.draws = _drawn(self.generators, self.before)
             self.first = False
         forward.close()
 
@@ -493,6 +489,11 @@ def _generators(device: torch.device) -> tuple[Generator, ...]:
     if device.type == "cuda":
         return (torch.default_generator, torch.cuda.default_generators[device.index])
     raise ValueError(f"a model on {device}: gradients are repeatable on cpu and cuda only, move it there")
+
+
+def _drawn(generators: tuple[Generator, ...], states: list[Tensor]) -> bool:
+    """Whether any of them has drawn since it was in its state."""
+    return any(not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True))
 
 
 class _Seeded:
