@@ -184,7 +184,7 @@ def test_sigterm_at_a_script(processes: Processes, method: str) -> None:
     assert log.read_text().count("has left") == 2
     assert "is lost" not in log.read_text()
     process.send_signal(signal.SIGTERM)  # the server would wait for workers that end their loops
-    assert processes.ends(process) == 130
+    assert processes.ends(process) == 130, processes.said(process)
     for i in range(2):
         assert f"worker {i} leaves, as SIGTERM asks" in (processes.folder / f"run/logs/worker-{i}.log").read_text()
     counts = Counter(ob.Trace.read(processes.folder / "run/trace.jsonl").column("worker").tolist())

@@ -1023,6 +1023,7 @@ class Peer(Driver):
                     for entry in self.inbox:
                         give_back(self.node, entry.message)
                     self._did("left", [entry.which for entry in self.inbox], self.numbers + 1)
+                    self.inbox.clear()
             if not done:
                 self._bequeath()
             self._show()
