@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crew import Nursery, Processes, Serving, shared_memory, time_out, until
+from crew import Nursery, Processes, Serving, at_work, shared_memory, time_out, until
 from torch import Tensor
 
 TOLERANCE = 1e-9  # relative, in float64: rounding stays far below it, a wrong term far above
@@ -24,7 +23,7 @@ def _one_thread() -> None:
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
     """Starts servers in threads of this process; they, and all threads of theirs, are gone after the test."""
-    before, running = threading.active_count(), list[Serving]()
+    running = list[Serving]()
 
     def serve(*args: object, folder: str = "run", **options: object) -> Serving:
         running.append(Serving(*args, tmp_path / folder, **options))  # type: ignore[arg-type]
@@ -34,7 +33,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
         yield serve
     for one in running:
         one.stop()
-    until(lambda: threading.active_count() <= before, "the end of all threads of the run", 20)
+    until(lambda: not at_work(), "the end of all threads of the run", 20)
 
 
 @pytest.fixture(scope="session")

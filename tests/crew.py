@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -43,6 +44,19 @@ def until(true: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
             raise TimeoutError(f"{what}: not within {seconds:g} s")
         time.sleep(0.005)
     return value
+
+
+def at_work() -> set[int]:
+    """The other threads that are inside of this project's code. Some of torch's compiler stay for good, idle."""
+    here = str(Path(ob.__file__).parent)
+    found = set[int]()
+    for thread, frame in sys._current_frames().items():
+        below: FrameType | None = frame
+        while below is not None and thread != threading.get_ident():
+            if below.f_code.co_filename.startswith(here):
+                found.add(thread)
+            below = below.f_back
+    return found
 
 
 class Serving:

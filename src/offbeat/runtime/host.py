@@ -170,6 +170,7 @@ class Host(ABC):
         self.began = time.monotonic()
         self.last = 0.0  # seconds at the last gradient
         self.stopping = threading.Event()
+        self.told = False  # to stop
         self.threads: list[threading.Thread] = []  # one for each worker
         self.snapshots = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +228,7 @@ class Host(ABC):
             self.say(f"a new run begins: the snapshots of the one before are in {self.folder / 'snapshots.before'}")
         threading.Thread(target=self._accept, daemon=True).start()
         due = time.monotonic() + self.terms.every
-        while not self.stopping.wait(0.2) and self.other is None:
+        while not (self.told or self.stopping.wait(0.2)) and self.other is None:
             with self.lock:
                 if self.over():
                     break
@@ -247,8 +248,8 @@ class Host(ABC):
         return self.finished >= self.terms.workers
 
     def stop(self) -> None:
-        """End as soon as possible, with a snapshot."""
-        self.stopping.set()
+        """End as soon as possible, with a snapshot. A signal's handler may call it: it takes no lock, as an event would."""
+        self.told = True
 
     def close(self, end: Callable[[], None] = lambda: None) -> None:
         """Hang up, write a last snapshot and the model; ``end`` is called before the trace is closed."""

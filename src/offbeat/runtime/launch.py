@@ -137,6 +137,7 @@ class Launch:
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         token = os.environ.get("OFFBEAT_TOKEN") or secrets.token_urlsafe(32)
+        self.asked: int | None = None
         self.stopped = False
         self.addresses: dict[int, str] = {}
         environment = {**os.environ, **self.environment, "OFFBEAT_TOKEN": token}
@@ -169,7 +170,7 @@ class Launch:
                     one.tell(signal.SIGTERM)
                 for one in group:
                     one.end()
-        return not self.stopped
+        return not self._stopping()
 
     def _command(self) -> Sequence[str]:
         """The command of a worker, or of torchrun for its ranks."""
@@ -188,7 +189,7 @@ class Launch:
                 assert one.process is not None
                 if one.process.poll() is not None and k not in self.addresses:
                     raise LaunchFailed(f"{one.name} did not start: {_tail(one.log)}")
-            if self.stopped:
+            if self._stopping():
                 return False
             if time.monotonic() > end:
                 raise LaunchFailed("the server said no address within 120 s")
@@ -202,11 +203,12 @@ class Launch:
         """Until all servers have ended, or a signal has come and the workers have left."""
         idle = None
         while True:
+            stopped = self._stopping()
             for one in [*self.crew, *self.servers]:
-                if self.stopped and (one.process is None or one.process.poll() is not None):
+                if stopped and (one.process is None or one.process.poll() is not None):
                     one.done = True  # whoever waits to be started again is not
                 one.look(self.say)
-            leaving = self.crew if self.stopped else self.servers if self.servers[0].done else []
+            leaving = self.crew if stopped else self.servers if self.servers[0].done else []
             for one in leaving:  # the first server hands the minibatches out: when it is done, so are the others
                 if not one.told:
                     one.told = True
@@ -215,7 +217,7 @@ class Launch:
                 self._await_workers()
                 return
             if all(one.done for one in self.crew):
-                if self.stopped:
+                if stopped:
                     return
                 idle = idle or time.monotonic()
                 if time.monotonic() - idle > GRACE:
@@ -225,7 +227,7 @@ class Launch:
     def _await_workers(self) -> None:
         """The run is over, and a script may have more to do: until it ends by itself, or a signal comes."""
         said = time.monotonic() + GRACE
-        while not self.stopped and any(one.process is not None and one.process.poll() is None for one in self.crew):
+        while not self._stopping() and any(one.process is not None and one.process.poll() is None for one in self.crew):
             if time.monotonic() > said:
                 said = math.inf
                 self.say("the run is over, and the scripts of workers still go on: waiting for them")
@@ -244,13 +246,19 @@ class Launch:
                 self.watch(status)
 
     def _stop(self, number: int, frame: Any) -> None:
-        if self.stopped:  # asked twice: now
+        if self.asked is not None:  # asked twice: now
             for one in [*self.crew, *self.servers]:
                 if one.process is not None:
                     one.process.kill()
-            return
-        self.stopped = True
-        self.say(f"{signal.Signals(number).name}: workers finish their steps and leave, and a snapshot is written")
+        self.asked = number
+
+    def _stopping(self) -> bool:
+        """Whether a signal has come. It is said here: its handler may have interrupted somebody who prints."""
+        if self.asked is not None and not self.stopped:
+            self.stopped = True
+            what = "workers finish their steps and leave, and a snapshot is written"
+            self.say(f"{signal.Signals(self.asked).name}: {what}")
+        return self.stopped
 
 
 def _tail(path: Path) -> str:
