@@ -28,7 +28,7 @@ from offbeat.names import read
 from offbeat.runtime import coordinator
 from offbeat.runtime.coordinator import Coordinator, host_for
 from offbeat.runtime.host import Terms
-from offbeat.runtime.link import Frame, Link
+from offbeat.runtime.link import Frame, Link, LinkLost
 from offbeat.runtime.message import Header, Kind
 from offbeat.runtime.peer import Peer
 from offbeat.runtime.place import Place, first_node
@@ -246,6 +246,21 @@ def test_peers_go_on_for_a_moment_without_asking(
     assert [int((trace.column("worker") == worker).sum()) for worker in (0, 1, 3)] == [300, 300, 100]
     assert len(asked) < len(trace) / 4
     assert not trace.column("waited").isnan().any()
+
+
+def test_a_peer_whose_lives_all_end_in_vain_gives_up(runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that answers no request is not dialled for ever."""
+
+    def none(*about: Any) -> None:
+        raise LinkLost("the link is broken")
+
+    monkeypatch.setattr("offbeat.runtime.worker.LIVES", 3)
+    monkeypatch.setattr(Coordinator, "_go_on", none)
+    run = runs(ob.methods.LocalSGD(period=2), 1, None)
+    run.start(0, lambda driver: train(driver, PROBLEM))
+    (error,) = until(lambda: run.errors, "its giving up", 30)
+    assert isinstance(error, LinkLost)
+    assert "3 lives in a row have ended before anything that they brought was taken" in str(error)
 
 
 def test_members_are_the_same_until_somebody_comes_or_goes() -> None:

@@ -31,7 +31,7 @@ from offbeat.engines.replay import replay
 from offbeat.experiment import rerun
 from offbeat.runtime import snapshot
 from offbeat.runtime.host import Terms, Tickets
-from offbeat.runtime.link import GREETING, dial
+from offbeat.runtime.link import GREETING, LinkLost, dial
 from offbeat.runtime.place import Place
 from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Remote, Worker, train
@@ -995,6 +995,37 @@ def test_a_bad_variable_is_named(variable: str, value: str, cure: str) -> None:
 def test_a_bad_address_is_named(address: str) -> None:
     text = told(lambda: hire(Place((address,), patience=5.0), PROBLEM))
     assert text == f"OFFBEAT_SERVER = {address!r}: must be HOST:PORT, with a port from 1 to 65535"
+
+
+def test_a_worker_whose_lives_all_end_in_vain_gives_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that takes nothing, however often it is dialled, is not dialled for ever; one that took something is."""
+    monkeypatch.setattr("offbeat.runtime.worker.LIVES", 3)
+    run = serve(terms(ob.methods.ASGD(), None))
+    worker = hire(run.place(0), PROBLEM)
+    visit, taken = RunServer._visit, [0]
+
+    def one_in_three(self: RunServer, *about: Any) -> None:
+        taken[0] += 1
+        if taken[0] % 3:
+            raise LinkLost("the link is broken")
+        visit(self, *about)
+
+    def none(*about: Any) -> None:
+        raise LinkLost("the link is broken")
+
+    def step() -> None:
+        g, loss = PROBLEM.grad(worker.x, 0, worker.node.step)
+        worker.step(g, float(loss))
+
+    monkeypatch.setattr(RunServer, "_visit", one_in_three)
+    while taken[0] < 12:
+        step()
+    monkeypatch.setattr(RunServer, "_visit", none)
+    lives = worker.life
+    text = told(lambda: [step() for _ in range(12)], ob.LinkLost)
+    assert "the link is broken" not in text  # the server's own trouble, which its log has
+    assert "3 lives in a row have ended before anything that they brought was taken: see the other end's log" in text
+    assert worker.life == lives + 3
 
 
 def test_a_server_that_does_not_answer_is_dialled_for_so_long() -> None:

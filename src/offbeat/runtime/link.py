@@ -291,9 +291,10 @@ class SharedLink(Link):
         return self.seal(data)
 
     def seal(self, data: Tensor) -> int:
-        """One word of each page: nothing is carried that could be damaged, but a page may not have been written yet."""
+        """One word of each page, the last word among them: nothing is carried that could be damaged, but a page may not have
+        been written yet."""
         words = data.view(torch.int64)
-        return int(words[::512].sum() + words[-1]) & ((1 << 64) - 1)
+        return int(words[(len(words) - 1) % 512 :: 512].sum()) & ((1 << 64) - 1)
 
     def put(self, data: Tensor) -> None:
         pass  # it is there

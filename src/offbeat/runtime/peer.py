@@ -568,9 +568,9 @@ class Peer(Driver):
                 if isinstance(request, Ask):  # here, as it may have been visited meanwhile
                     self._did("asked", self.numbers, answer is not None)
                 request = self.loop.send(answer)
-        self._delivered()
         self.request = request
         if request.free and not self.begun and self.node.step >= self.end:
+            self._delivered()
             self._begin()
 
     def _did(self, *deed: Any) -> None:
@@ -590,7 +590,7 @@ class Peer(Driver):
         if not self.begun:
             return
         note = self._answered("the coordinator's word to go on")
-        self.begun, self.end = False, note["end"]
+        self.begun, self.end, self.vain = False, note["end"], 0
         if self.rounds:
             self._met(tuple(note["members"]))
         self.fresh += note["tickets"]
@@ -633,7 +633,11 @@ class Peer(Driver):
                 self.changed.notify_all()
 
     def _post(self, to: int, msg: Message, note: Any) -> bool:
-        """Send ``msg`` to a peer, and go on; `_delivered` sees to it that it has come. False where that one is dead."""
+        """Send ``msg`` to a peer, and go on; `_delivered` sees to it that it has come. False where that one is dead.
+
+        By the next round the acknowledgement has come, and nobody has waited for it.
+        """
+        self._delivered(self.node.step)
         self._sound(to, msg)
         self.numbers += 1
         head = self.head._replace(kind=Kind.SEND, version=self.numbers, step=self.node.step)
@@ -651,9 +655,9 @@ class Peer(Driver):
         self.posted.append(Posted(head, to, about["life"], msg, note, link))
         return True
 
-    def _delivered(self) -> None:
-        """All that was posted is there; what cannot be, as its receiver has died, has come back."""
-        while self.posted:
+    def _delivered(self, before: float = math.inf) -> None:
+        """All that was posted in rounds ``before`` that is there; what cannot be, as its receiver has died, has come back."""
+        while self.posted and self.posted[0].head.step < before:
             posted = self.posted.popleft()
             if not self._confirmed(posted):
                 head = posted.head
@@ -676,6 +680,7 @@ class Peer(Driver):
         self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None, life: int | None = None
     ) -> Frame | None:
         """Bring ``msg`` to a peer in its present ``life``; its acknowledgement or answer, None where that is over."""
+        self._delivered()
         self._sound(to, msg)
         with self.changed:
             while to in self.away:
@@ -765,7 +770,6 @@ class Peer(Driver):
                 what = f"a message of round {request.round} from workers {', '.join(map(str, missing))}"
                 self._wait(what, 0.05 if self.posted else 1.0)
             self._delivered()  # who is waited for may wait for what was lost on the way
-        self._delivered()
         with self.monitor:
             self.inbox = deque(entry for entry in self.inbox if entry not in here)
             self._did("took", [entry.which for entry in here])
@@ -1005,6 +1009,7 @@ class Peer(Driver):
         others need of it."""
         try:
             self._go_on()
+            self._delivered()
             with self.changed:
                 while self.away:
                     self._wait("the end of pushes that are on their way")
@@ -1065,8 +1070,8 @@ class Peer(Driver):
 
     def _mend(self, lost: LinkLost) -> None:
         """The coordinator is gone: join again, as a new life."""
-        self.say(f"{lost}; dialling again, as a new life")
         self._hang_up()
+        self._dies(lost, "dialling again, as a new life")
         self._join()
 
     def _disband(self) -> None:

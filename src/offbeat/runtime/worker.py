@@ -306,6 +306,10 @@ class Remote(Exchange):
                     shard.link.beat(shard.head)
 
 
+LIVES = 8
+"""How many lives in a row may end before what they bring is taken, until a worker gives up."""
+
+
 class Driver(ABC):
     """Drives the loop of a method: `x` is where the next gradient is to be taken, `step` takes it."""
 
@@ -319,6 +323,7 @@ class Driver(ABC):
         self.say = say
         self.tickets: deque[int] = deque()
         self.life = 0  # how often it has joined
+        self.vain = 0  # how many lives in a row have ended before what they brought was taken
         self._used = 0  # minibatches since that was last said
         self._since, self._waited = time.perf_counter(), 0.0
 
@@ -342,6 +347,16 @@ class Driver(ABC):
     def use(self) -> None:
         """A minibatch is being used: the one that was drawn first of those that were not."""
         self._used += 1
+
+    def _dies(self, lost: LinkLost, what: str) -> None:
+        """Say that a life ends, and ``what`` comes of that; raises where lives end in vain, so that others would as well."""
+        self.vain += 1
+        if self.vain > LIVES:
+            why = f"{LIVES} lives in a row have ended before anything that they brought was taken: see the other end's log"
+            raise LinkLost(f"{lost}; {why}") from None
+        self.say(f"{lost}; {what}")
+        if self.vain > 1:
+            time.sleep(min(0.05 * 2**self.vain, 1.0))
 
     @abstractmethod
     def step(self, g: Tensor, loss: float) -> None:
@@ -408,10 +423,15 @@ class Worker(Driver):
     def _catch_up(self) -> None:
         """Take the reply to what was pushed, if the worker has gone on without."""
         if self._owed:
-            reply, tickets = self.exchange.reply()
-            self._owed = 0
-            self.tickets.extend(tickets)
+            reply = self._reply()
             self.node.state = self.method.arrived(self.node.state, reply)
+
+    def _reply(self) -> Message:
+        """The reply to what was pushed."""
+        reply, tickets = self.exchange.reply()
+        self._owed = self.vain = 0
+        self.tickets.extend(tickets)
+        return reply
 
     def step(self, g: Tensor, loss: float) -> None:
         now = time.perf_counter()
@@ -422,11 +442,7 @@ class Worker(Driver):
             try:
                 self._catch_up()
                 self._push(request.msg)
-                reply: Message = None
-                if not self.method.late:
-                    reply, tickets = self.exchange.reply()
-                    self._owed = 0
-                    self.tickets.extend(tickets)
+                reply = None if self.method.late else self._reply()
             except LinkLost as lost:
                 self._mend(lost)
             else:
@@ -477,7 +493,11 @@ class Worker(Driver):
     def _mend(self, lost: LinkLost) -> None:
         """The link is dead: join again, as a new life that starts from the server's model."""
         count = len(self._losses) + self._owed
-        self.say(f"{lost}; dialling again ({count} gradients of this worker are lost)")
+        try:
+            self._dies(lost, f"dialling again ({count} gradients of this worker are lost)")
+        except LinkLost:
+            self.exchange.leave({"done": False, "used": 0})
+            raise
         self._begin(self.exchange.join())
 
 
