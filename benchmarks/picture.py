@@ -115,7 +115,7 @@ def panel(axes: Axes, unit: str, rows: Sequence[Row], theme: Theme) -> None:
 def bar(axes: Axes, row: Row, height: float, theme: Theme) -> None:
     """One row; what could not be measured says why."""
     if math.isnan(row.median):
-        text = f"did not run: {row.note}" if row.note else "not measured"
+        text = row.note or "not measured"
         axes.text(
             0.01,
             height,

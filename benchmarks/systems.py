@@ -230,7 +230,7 @@ def in_turn(
                         rate, notes[system] = warm[system].turn(number)
                     values[system].append(figure(rate))
                 except Failed as failed:
-                    notes[system], values[system] = str(failed), [math.nan]
+                    notes[system], values[system] = f"did not run: {failed}", [math.nan]
                     lost.add(system)
     return [Row(s.name, unit, tuple(values[s]), group, notes[s], peer=not s.ours) for s in systems]
 

@@ -115,7 +115,7 @@ def test_systems_take_turns_and_failures_are_reported(peers: Path) -> None:
         assert all(0 < value < 1000 for value in row.values)
         assert row.note == "1.0"
     assert math.isnan(bad.median)
-    assert bad.note == "KeyError: 'no such thing'"
+    assert bad.note == "did not run: KeyError: 'no such thing'"
 
 
 def test_a_system_that_hangs_is_given_up_and_ended(peers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_a_system_that_hangs_is_given_up_and_ended(peers: Path, monkeypatch: pyt
 def test_a_program_that_is_not_there_is_named(peers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(peers))
     (row,) = in_turn([systems.Mpi("mpi", "good.py")], 1, "ms", "group")
-    assert row.note == "there is no program mpirun"
+    assert row.note == "did not run: there is no program mpirun"
 
 
 def test_all_pairs_are_of_systems_that_run() -> None:

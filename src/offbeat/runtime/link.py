@@ -149,9 +149,7 @@ class Link:
         bears silence before the frame: the kernel notices a dead machine.
         """
         while True:
-            while patient and not self.waiting(self.timeout):
-                pass
-            header = self._header(what)
+            header = self._header(what, patient)
             note = self._note(header)
             if header.kind == Kind.BEAT:
                 continue
@@ -192,9 +190,9 @@ class Link:
             if header.kind != Kind.BEAT:
                 raise Corrupt(f"{self.name} sent {header.kind.name} while it is its turn to listen")
 
-    def _header(self, what: str) -> Header:
+    def _header(self, what: str, patient: bool = False) -> Header:
         try:
-            return Header.unpack(self._read(SIZE, what))
+            return Header.unpack(self._read(SIZE, what, patient))
         except Corrupt as corrupt:
             raise Corrupt(f"{self.name} sent {corrupt}{CURE}") from None
 
@@ -216,9 +214,9 @@ class Link:
         except OSError as error:
             raise LinkLost(f"{self.name} has hung up ({error.strerror or error})") from None
 
-    def _read(self, length: int, what: str) -> bytes:
-        while len(self.unread) < length:
-            self.unread += self._fill(self.sock.recv, max(length - len(self.unread), AT_ONCE), what)
+    def _read(self, length: int, what: str, patient: bool = False) -> bytes:
+        while (missing := length - len(self.unread)) > 0:
+            self.unread += self._fill(self.sock.recv, max(missing, AT_ONCE), what, patient and not self.unread)
         data, self.unread = self.unread[:length], self.unread[length:]
         return data
 
@@ -229,20 +227,23 @@ class Link:
         while len(data):
             data = data[self._fill(self.sock.recv_into, data, what) :]
 
-    def _fill(self, read: Callable[[Any], T], about: Any, what: str) -> T:
+    def _fill(self, read: Callable[[Any], T], about: Any, what: str, patient: bool = False) -> T:
         """What ``read(about)`` of the socket gives, which is never nothing."""
-        try:
-            if self.deadline is not None:
-                self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
-            came = read(about)
-        except TimeoutError:
-            raise LinkLost(f"{self.name} was silent for {self.timeout:g} s while {what} was waited for") from None
-        except OSError as error:
-            raise LinkLost(f"{self.name} is gone ({error.strerror or error}) while {what} was waited for") from None
-        if not came:
-            raise LinkLost(f"{self.name} has hung up while {what} was waited for")
-        self.heard = time.monotonic()
-        return came
+        while True:
+            try:
+                if self.deadline is not None:
+                    self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+                came = read(about)
+            except TimeoutError as error:
+                if patient and error.errno is None:  # else it is the kernel that has given up
+                    continue
+                raise LinkLost(f"{self.name} was silent for {self.timeout:g} s while {what} was waited for") from None
+            except OSError as error:
+                raise LinkLost(f"{self.name} is gone ({error.strerror or error}) while {what} was waited for") from None
+            if not came:
+                raise LinkLost(f"{self.name} has hung up while {what} was waited for")
+            self.heard = time.monotonic()
+            return came
 
 
 class SharedLink(Link):
