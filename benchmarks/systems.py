@@ -148,7 +148,7 @@ class Running:
     def turn(self, number: int) -> tuple[float, str]:
         """How often in a second each worker does its work, in its repeat ``number``, and the version."""
         go = self.folder / "go"
-        go.write_text(str(time.time() + 0.1))
+        go.write_text(str(time.time() + 0.5))  # by then all have looked
         go.rename(self.folder / f"{number}.go")
         said = [json.loads(text) for text in self._await(f"{number}.rate")]
         return statistics.fmean(entry["rate"] for entry in said), said[0]["version"]
@@ -158,6 +158,7 @@ class Running:
 
     def end(self, patience: float) -> None:
         """End what does not end by itself within so many seconds, politely at first."""
+        (self.folder / "end.go").write_text("0")
         limit = time.monotonic() + patience
         while any(process.poll() is None for process in self.working) and time.monotonic() < limit:
             time.sleep(0.05)
@@ -202,7 +203,7 @@ class Running:
                     raise Failed(last((self.folder / f"{i}.err").read_text(errors="replace")))
             if time.monotonic() > limit:
                 raise Failed(f"it was not done within {TIMEOUT:g} s")
-            time.sleep(0.02)
+            time.sleep(0.1)
         return [file.read_text() for file in files]
 
 

@@ -148,7 +148,8 @@ def main() -> None:
             cells.append(done)
             bar.advance(task, int(str(done["workers"])) * args.steps)
             console.print(f"{done['method']}, {done['workers']} workers: {done['final']:.4f} {done['failure']}")
-    (args.out / "results.json").write_text(json.dumps({"command": " ".join(sys.argv), "cells": cells}, indent=1))
+    plain = json.loads(json.dumps(cells), parse_constant=lambda name: None)  # JSON has no word for what is no number
+    (args.out / "results.json").write_text(json.dumps({"command": " ".join(sys.argv), "cells": plain}, indent=1))
     picture(cells, args.out / "gem_mnist.png")
     console.print(table(cells))
     console.print(f"written to {args.out}")

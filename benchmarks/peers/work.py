@@ -22,6 +22,8 @@ PERIOD = 8
 WARM, STEPS = 64, 640
 PATIENCE = 600.0
 """Seconds that a process waits for its next turn."""
+LOOK = 0.25
+"""Seconds between two looks for one's turn: those of all who wait must cost whoever has it next to nothing."""
 SIZE = 10_000_000
 """Numbers that are exchanged."""
 LR = 1e-6
@@ -102,9 +104,8 @@ class Watch:
             self._say(f"{turn - 1}.rate", json.dumps({"rate": rate, "version": self.version}))
         else:
             self._say("ready", "")
-        if turn < self.repeats:
-            self._wait(self.folder / f"{turn}.go")
-            self.began = time.perf_counter()
+        self._wait(self.folder / (f"{turn}.go" if turn < self.repeats else "end.go"))  # to end would disturb the others
+        self.began = time.perf_counter()
 
     def _say(self, what: str, text: str) -> None:
         whole = self.folder / f"{self.rank}.part"
@@ -117,7 +118,7 @@ class Watch:
         while not go.exists():
             if time.monotonic() > limit:
                 raise TimeoutError(f"no {go.name} within {PATIENCE:g} s: the benchmark is dead")
-            time.sleep(0.02)
+            time.sleep(LOOK)
         time.sleep(max(0.0, float(go.read_text()) - time.time()))  # so that all of a system begin at once
 
 
