@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -217,7 +218,12 @@ def test_ctrl_c_ends_all_processes_and_keeps_what_is_done() -> None:
         "2",
     ]
     command = [sys.executable, "-m", "offbeat", *argv, "--seeds", *map(str, range(200)), "--out", "x"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    heeded = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # where a shell has begun the tests in the background
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeded
+    ) as process:
         assert process.stderr is not None
         assert "of 1,200,000 gradients" in process.stderr.readline()  # a tenth is done
         os.killpg(process.pid, signal.SIGINT)
