@@ -83,17 +83,19 @@ def measure(name: str, kernel: Kernel, triad: Triad) -> Row:
         "in blocks": lambda: kernel.blocked(*args, block=block),
         "eager": lambda: kernel.eager(*args),
     }
-    bytes_moved = 4 * SIZE * streams
+
+    def share(roof: float, took: float) -> float:
+        return 100 * streams / 3 * roof / took  # the triad has three streams
+
     shares: dict[str, list[float]] = {way: [] for way in ways}
     rates = []
     for _ in range(REPEATS):
         # each next to a triad, as what the memory gives changes within seconds
         pairs = [(triad.seconds(), seconds(ways["fused"])) for _ in range(4)]
-        shares["fused"].append(statistics.median(100 * bytes_moved * roof / (12 * SIZE * took) for roof, took in pairs))
-        rates.append(bytes_moved / min(took for _, took in pairs) / 1e9)
+        shares["fused"].append(statistics.median(share(*pair) for pair in pairs))
+        rates.append(4 * SIZE * streams / min(took for _, took in pairs) / 1e9)
         for way in ("in blocks", "eager"):
-            roof, took = triad.seconds(), seconds(ways[way])
-            shares[way].append(100 * bytes_moved * roof / (12 * SIZE * took))
+            shares[way].append(share(triad.seconds(), seconds(ways[way])))
     middle = {way: statistics.median(values) for way, values in shares.items()}
     rate = statistics.median(rates)
     note = f"{kernel.reads} read, {streams - kernel.reads} written, {rate:.0f} GB/s; "

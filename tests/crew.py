@@ -50,9 +50,9 @@ def at_work() -> set[int]:
     """The other threads that are inside of this project's code. Some of torch's compiler stay for good, idle."""
     here = str(Path(ob.__file__).parent)
     found = set[int]()
-    for thread, frame in sys._current_frames().items():
+    for thread, frame in (sys._current_frames() | {threading.get_ident(): None}).items():
         below: FrameType | None = frame
-        while below is not None and thread != threading.get_ident():
+        while below is not None:
             if below.f_code.co_filename.startswith(here):
                 found.add(thread)
             below = below.f_back

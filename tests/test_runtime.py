@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import same
-from crew import TOKEN, Processes, Serving, hire, labour, remote, until
+from crew import TOKEN, Processes, Serving, hire, labour, load, remote, until
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
@@ -87,11 +87,6 @@ def test_replay_is_the_run_of_processes(processes: Processes, method: str, trans
     assert same(rerun(trace).x, model)
     assert json.loads((processes.folder / "run/summary.json").read_text())["figures"]["gradients"] == len(trace)
     assert 0 <= 120 - len(trace) <= 3 * (ob.methods.find(method)().period - 1)  # type: ignore[attr-defined]
-
-
-def load(folder: Path) -> Tensor:
-    """The model that a run has left, as one vector."""
-    return torch.cat([t.reshape(-1) for t in torch.load(folder / "model.pt", weights_only=True).values()])
 
 
 def test_a_server_is_told_to_stop_by_a_signal(serve: Serve) -> None:

@@ -449,9 +449,8 @@ class Serve(Command):
                 err.print(f"offbeat: workers may join with OFFBEAT_SERVER={address}")
             watch = _Evaluating(server, self.evaluations, tell)
             server.run(watch.look, watch.end)
-            if (
-                server.other is not None and not server.told
-            ):  # the first worker has named a method of the other kind, and will be back
+            # the first worker may have named a method of the other kind, and will be back
+            if server.other is not None and not server.told:
                 terms = replace(terms, method=server.other.method)
                 server = host_for(terms)(terms, token, folder, read, _log, self.host, server.port)
                 watch = _Evaluating(server, self.evaluations, tell)
@@ -492,13 +491,14 @@ class Work(Command):
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         stopped: list[int] = []  # no event, whose lock the main thread may hold when the signal comes
         signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+        stops = lambda: bool(stopped)  # noqa: E731
         with _told():
             problem, place = read(self.problem), Place.read()
             method = read(place.method) if place.method else None
             hello = {"problem": repr(problem), "layout": None}
             try:
-                worker = enter(place, problem.x0(), method, hello, read, _log, lambda: bool(stopped))
-                train(worker, problem, self.speed, self.faults, lambda: bool(stopped))
+                worker = enter(place, problem.x0(), method, hello, read, _log, stops)
+                train(worker, problem, self.speed, self.faults, stops)
             except (LinkLost, Failure) as error:
                 err.print(f"offbeat: {escape(str(error))}")
                 return FAILED

@@ -191,5 +191,6 @@ def _numbers(message: Message) -> list[Tensor]:
 def _squares(t: Tensor) -> float:
     """Their sum, which is fast: nan or inf where a number is, and maybe where a number is large."""
     if not t.dim():
-        return float(t) * float(t)
+        number = float(t)
+        return number * number  # as a power it would raise where it overflows
     return float(torch.dot(t, t) if t.dim() == 1 else t.double().square().sum())

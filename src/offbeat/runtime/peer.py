@@ -656,7 +656,7 @@ class Peer(Driver):
         return True
 
     def _delivered(self, before: float = math.inf) -> None:
-        """All that was posted in rounds ``before`` that is there; what cannot be, as its receiver has died, has come back."""
+        """What was posted in rounds below ``before`` is there; what cannot be, as its receiver has died, has come back."""
         while self.posted and self.posted[0].head.step < before:
             posted = self.posted.popleft()
             if not self._confirmed(posted):
