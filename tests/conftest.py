@@ -23,7 +23,7 @@ def _one_thread() -> None:
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
     """Starts servers in threads of this process; they, and all threads of theirs, are gone after the test."""
-    running = list[Serving]()
+    before, running = at_work(), list[Serving]()
 
     def serve(*args: object, folder: str = "run", **options: object) -> Serving:
         running.append(Serving(*args, tmp_path / folder, **options))  # type: ignore[arg-type]
@@ -33,7 +33,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
         yield serve
     for one in running:
         one.stop()
-    until(lambda: not at_work(), "the end of all threads of the run", 20)
+    until(lambda: at_work() <= before, "the end of all threads of the run", 20)
 
 
 @pytest.fixture(scope="session")
