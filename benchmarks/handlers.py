@@ -3,7 +3,9 @@
 The bytes that must move are those of each vector that the handler reads, once, and of each that it makes, once; what it
 passes on unchanged (GEM's old centre, which becomes the worker's copy) need not move. They are divided by the time, and that
 by what a triad ``a = b + s c`` on vectors of the same kind makes of its three streams, measured right before:
-by inductor and by ``torch.add(out=)``, the faster counts. So 100 % is the triad's speed. Fused, in the fastest blocks, eager.
+by inductor and by ``torch.add(out=)``, the faster counts. Both first read the lines that they overwrite; a fused handler may
+store past the cache, and so be faster: the first row says what that makes of the triad itself. Fused, in the fastest blocks,
+eager.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ def filled() -> torch.Tensor:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Kernel]]]:
-    """``serve`` of the server methods, ``absorb`` of the periodic ones, ``merge`` of those that gossip in rounds."""
+    """The triad itself, then ``serve`` of the server methods, ``absorb`` of the periodic ones, ``merge`` of those that gossip
+    in rounds."""
     small = torch.ones(2)
+    yield "a triad as a handler", lambda: Kernel(lambda b, c, s: b + s * c, small, small, torch.tensor(3.0))
     for cls in ob.methods.all_methods():
         schedule = {"lr": 0.1 * ob.Warmup(100)} if "lr" in cls.__dataclass_fields__ else {}
         method = cls(**schedule)
@@ -72,7 +76,7 @@ class Triad:
 
 
 def measure(name: str, kernel: Kernel, triad: Triad) -> Row:
-    raced = kernel.warm(SIZE, repeats=1)
+    raced = kernel.warm(SIZE)
     streams = kernel.reads + sum(t.dim() for t in kernel.new)
     if not streams:
         return Row(name, UNIT, (math.nan,), "what moves nothing", "it passes on what it is given")

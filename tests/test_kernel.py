@@ -18,6 +18,7 @@ from offbeat.core.descent import count
 from offbeat.core.master import Correction, Stale
 from offbeat.core.tree import leaves, rebuild
 from offbeat.engines import kernel as kernels
+from offbeat.engines import stores
 from offbeat.engines.kernel import Kernel, Visits, kernel, vector
 from offbeat.methods import all_methods
 
@@ -152,6 +153,34 @@ def test_a_gossiping_peers_handlers_are_kernels_too() -> None:
     agree([leaves(merge.fused(*args)), leaves(merge.blocked(*args, block=16))], [eager, eager])
     assert kernel(method.merge, *args) is merge
     assert kernel(method.merge, *args[:2], {1: 0.3, 3: 0.2}, 0.5) is not merge
+
+
+@needs_compiler
+def test_stores_past_the_cache_change_no_bit() -> None:
+    """At a length whose last numbers fill no register. What another thread compiles meanwhile has ordinary stores."""
+    if not stores.known():
+        pytest.skip("no such stores are known for this processor")
+    from torch._inductor.utils import run_and_get_code
+
+    size = kernels.PAGE // 4 + 13
+    s, own, _ = (method := ob.DanaZero(0.1)).admit(method.init_server(torch.randn(size)))
+    served, g = Kernel(method.serve, s, own, torch.ones(2)), torch.randn(size)
+    raced = served.warm(size, repeats=1)
+    assert {"fused", "fused, past the cache"} <= raced.keys()
+    codes, answers = [], []
+    for _, program in served._programs(size):
+        answer, code = run_and_get_code(served._run, program, s, own, g)
+        answers.append(leaves(answer))
+        codes.append("".join(code))
+    loop = torch.compile(lambda x: x * 2 + 1, fullgraph=True)
+    stores._compiling.on = True
+    try:
+        with ThreadPoolExecutor(1) as other:
+            _, ordinary = run_and_get_code(other.submit(loop, g).result)
+    finally:
+        stores._compiling.on = False
+    agree(answers[1:], answers[:1], exactly=True)
+    assert ["_stream_ps" in code for code in [*codes, *ordinary]] == [False, True, False]
 
 
 @needs_compiler

@@ -15,8 +15,8 @@ import threading
 import time
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable
-from functools import reduce
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from ..core.method import Message, ServerMethod
 from ..core.tree import leaves, rebuild
+from . import stores
 
 BLOCKS = 1 << 15, 1 << 17, 1 << 19
 """Elements of a block; the second where nothing has been measured."""
@@ -34,6 +35,9 @@ million, three times as fast at 11 million, slower below a million.)"""
 
 PAGE = 1 << 20
 """Bytes from which a vector has pages of its own."""
+
+Program = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+"""From all inputs, and the vectors to write to, to the new scalars."""
 
 _free: defaultdict[int, deque[mmap.mmap]] = defaultdict(lambda: deque(maxlen=8))
 
@@ -85,7 +89,7 @@ class Kernel:
         self.reads = 0
         """Vectors that a call reads, once it is compiled; what is only passed on is not read."""
         self.way: Callable[..., Any] = self.exact
-        self._fused: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | None = None
+        self._fused: Program | None = None
 
     def __call__(self, *args: Any) -> Any:
         return self.way(*args)
@@ -120,12 +124,7 @@ class Kernel:
     def fused(self, *args: Any) -> Any:
         """As one compiled loop; `warm` compiles it, for one length."""
         assert self._fused is not None, "call warm(size) first"
-        inputs = leaves(args)
-        size = next((len(t) for t in inputs if t.dim()), 0)
-        if size != self.size:
-            raise ValueError(f"a kernel for vectors of {self.size} numbers was given {size}: warm one up for these")
-        out = self._vectors(size)
-        return self._answer(inputs, out, self._fused(inputs, out))
+        return self._run(self._fused, *args)
 
     def warm(self, size: int, repeats: int = 3) -> dict[str, float]:
         """Compile for vectors [size], race all ways, and take the fastest: the best seconds of each, eager first.
@@ -139,10 +138,12 @@ class Kernel:
             if block < size:
                 ways[f"in blocks of {block}"] = lambda *a, block=block: self.blocked(*a, block=block)
         seconds = dict.fromkeys(ways, math.inf)
+        fused: dict[str, Program] = {}
         try:
-            self._compile(size)
-            self.fused(*args)  # compiles
-            ways["fused"], seconds["fused"] = self.fused, math.inf
+            for name, program in self._programs(size):
+                self._run(program, *args)  # compiles
+                fused[name], seconds[name] = program, math.inf
+                ways[name] = partial(self._run, program)
         finally:
             for _ in range(repeats):
                 for name in ways:
@@ -151,10 +152,21 @@ class Kernel:
                     if self.new and self.new[0].is_cuda:
                         torch.cuda.synchronize()
                     seconds[name] = min(seconds[name], time.perf_counter() - start)
-            self.way = ways[min(seconds, key=lambda name: seconds[name])]
+            fastest = min(seconds, key=lambda name: seconds[name])
+            if fused:
+                self._fused = fused[min(fused, key=lambda name: seconds[name])]
+            self.way = self.fused if fastest in fused else ways[fastest]
         return seconds
 
     # parts
+
+    def _run(self, program: Program, *args: Any) -> Any:
+        inputs = leaves(args)
+        size = next((len(t) for t in inputs if t.dim()), 0)
+        if size != self.size:
+            raise ValueError(f"a kernel for vectors of {self.size} numbers was given {size}: warm one up for these")
+        out = self._vectors(size)
+        return self._answer(inputs, out, program(inputs, out))
 
     def _vectors(self, size: int) -> list[Tensor]:
         return [vector(size, t.dtype, t.device) for t in self.new if t.dim()]
@@ -173,8 +185,9 @@ class Kernel:
         known = inputs + [next(v) if t.dim() else next(s) for t in self.new]
         return rebuild(self.result, [known[k] for k in self.place])
 
-    def _compile(self, size: int) -> None:
-        """The handler as two programs: its scalars, in double precision and once, and one loop over the vectors."""
+    def _programs(self, size: int) -> Iterator[tuple[str, Program]]:
+        """The handler as two programs: its scalars, in double precision and once, and one loop over the vectors. The second
+        has ordinary stores, or such as go past the cache."""
         from torch._subclasses import FakeTensorMode  # which take a second to import
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -187,14 +200,15 @@ class Kernel:
         traced.graph.eliminate_dead_code()
         used = [bool(n.users) for n in traced.graph.nodes if n.op == "placeholder"]
         self.reads = sum(u and t.dim() for u, t in zip(used, like, strict=True))
-        self._fused, self.size = _program(traced), size
+        self.size = size
+        yield "fused", _program(traced, partial(torch.compile, fullgraph=True, dynamic=False))
+        aligned = [t for t in self.new if t.dim() and t.is_cpu and t.dtype is torch.float32 and 4 * size >= PAGE]
+        if aligned and stores.known():
+            yield "fused, past the cache", _program(traced, stores.past_cache)
 
 
-def _program(traced: fx.GraphModule) -> Callable[[list[Tensor], list[Tensor]], list[Tensor]]:
-    """What is computed of scalars alone apart from the loop over the vectors, in which it would be done for each element.
-
-    It takes all inputs and the vectors to write to, and gives the new scalars.
-    """
+def _program(traced: fx.GraphModule, compiler: Callable[..., Any]) -> Program:
+    """What is computed of scalars alone apart from the loop over the vectors, in which it would be done for each element."""
     *nodes, end = traced.graph.nodes
     new: list[fx.Node] = list(end.args[0])
     flat = {n: isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].dim() for n in nodes}
@@ -224,7 +238,7 @@ def _program(traced: fx.GraphModule) -> Callable[[list[Tensor], list[Tensor]], l
     second.output(tuple(body[n] for n in late))
 
     scalars = fx.GraphModule(traced, first)
-    loop = torch.compile(fx.GraphModule(traced, second), fullgraph=True, dynamic=False)
+    loop = compiler(fx.GraphModule(traced, second))
     order = [(early + late).index(n) for n in new if flat[n]]
 
     def run(inputs: list[Tensor], buffers: list[Tensor]) -> list[Tensor]:
