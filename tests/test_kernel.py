@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -76,6 +78,11 @@ def visits(method: ob.ServerMethod, handle: Callable[..., Any], d: int = D) -> l
     return found
 
 
+def answers(served: Visits) -> Callable[..., Any]:
+    """What ``served`` gives without the sum that tells whether it is finite."""
+    return lambda *args: served(*args)[:3]
+
+
 def agree(mine: list[list[Tensor]], theirs: list[list[Tensor]], exactly: bool = False) -> None:
     tolerance = {"rtol": 0.0, "atol": 0.0} if exactly else {"rtol": 1e-5, "atol": 1e-6}
     for a, b in zip(mine, theirs, strict=True):
@@ -99,11 +106,11 @@ def test_blocks_give_the_same_bits_as_the_whole(method: ob.ServerMethod) -> None
 def test_fused_is_eager(method: ob.ServerMethod) -> None:
     """Two workers, other arguments the same tensor at each visit: one compilation for all of them."""
     served = Visits(method, torch.zeros(D))
-    for k in filter(None, (served.serve, served.sums)):
+    for k in filter(None, (served.visit, served.sums)):
         k.warm(D, repeats=1)
         k.way = k.fused
     with torch.compiler.set_stance("fail_on_recompile"):
-        fused = visits(method, served)
+        fused = visits(method, answers(served))
     agree(fused, visits(method, method.serve))
 
 
@@ -156,6 +163,36 @@ def test_a_gossiping_peers_handlers_are_kernels_too() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: repr(m)[:40])
+def test_a_visit_knows_what_is_not_finite(method: ob.ServerMethod) -> None:
+    """In every way: a message, a state or a reply of which one number is none. A reply has memory of its own."""
+    size, generator = 37, torch.Generator().manual_seed(0)
+    s, own, reply = method.admit(method.init_server(torch.randn(size, generator=generator)))
+    served = Visits(method, torch.zeros(size))
+    served.visit.warm(size, repeats=1)
+    w = method.init(reply)
+    for _ in range(method.length(w)):
+        w = method.local(w, torch.randn(size, generator=generator))
+    msg = method.push(w)
+    sums = served.sums(s, own, msg) if served.sums else ()
+    room = torch.zeros(len([t for t in leaves(reply) if t.dim()]), kernels.ALIGNED)
+    into = [row[:size].to(t.dtype) for row, t in zip(room, [t for t in leaves(reply) if t.dim()], strict=True)]
+    ways = served.visit.eager, partial(served.visit.blocked, block=16), served.visit.fused
+    for way in ways:
+        new, before = way(s, own, msg, *sums, into=into), leaves((s, own, msg))
+        assert torch.isfinite(new[3])
+        replies, states = leaves(new[2]), leaves(new[:2])
+        assert not {t.data_ptr() for t in replies} & {t.data_ptr() for t in [*states, *before] if t.dim()}
+        if way != ways[0]:
+            assert [t.data_ptr() for t in replies if t.dim()] == [t.data_ptr() for t in into]
+        for t in leaves(msg):
+            for bad in (math.nan, math.inf):
+                parts = [u.clone() if u is t else u for u in leaves(msg)]
+                next(u for u, v in zip(parts, leaves(msg), strict=True) if v is t).reshape(-1)[-1] = bad
+                assert not torch.isfinite(way(s, own, rebuild(msg, parts), *sums)[3]), (way, bad)
+
+
+@needs_compiler
 def test_stores_past_the_cache_change_no_bit() -> None:
     """At a length whose last numbers fill no register. What another thread compiles meanwhile has ordinary stores."""
     if not stores.known():
@@ -190,15 +227,15 @@ def test_a_schedule_compiles_once() -> None:
     method = ob.DanaZero(schedule)
     served = Visits(method, torch.zeros(D))
     torch._dynamo.utils.counters.clear()
-    served.serve.warm(D, repeats=1)
-    served.serve.way = served.serve.fused
+    served.visit.warm(D, repeats=1)
+    served.visit.way = served.visit.fused
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     s = t = method.init_server(torch.ones(D))
     s, own, _ = method.admit(s)
     t, seat, _ = method.admit(t)
     for k in range(100):
         g = torch.full((D,), 0.01 * k)
-        s, own, sent = served(s, own, g)
+        s, own, sent, _ = served(s, own, g)
         t, seat, wanted = method.serve(t, seat, g)
         torch.testing.assert_close(sent, wanted, rtol=1e-5, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -221,9 +258,9 @@ def test_without_a_compiler_a_visit_goes_in_blocks(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(kernels, "BLOCKS", (16, 32))
     served = Visits(method, torch.zeros(D))
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found"):
-        served.warm()
-    assert served.serve.way != served.serve.fused
-    agree(visits(method, served), visits(method, method.serve), exactly=True)
+        served.race()
+    assert served.visit.way != served.visit.fused
+    agree(visits(method, answers(served)), visits(method, method.serve), exactly=True)
 
 
 @needs_compiler
@@ -296,7 +333,7 @@ def test_a_simulated_run_has_the_same_bits_in_blocks_and_whole(monkeypatch: pyte
     served = []
     monkeypatch.setattr("offbeat.engines.ensemble.LARGE", 8)
     monkeypatch.setattr(kernels, "LARGE", 8)
-    monkeypatch.setattr(Kernel, "blocked", lambda self, *args: served.append(1) or blocked(self, *args, block=8))
+    monkeypatch.setattr(Kernel, "blocked", lambda self, *args, into: served.append(1) or blocked(self, *args, block=8))
     agree([runs()], [whole], exactly=True)
     assert len(served) >= 4 * 60 // 8
 
@@ -312,9 +349,9 @@ def test_a_kernel_that_one_thread_has_warmed_serves_another(threads: int) -> Non
         served = Visits(method, torch.zeros(D))
         torch._dynamo.utils.counters.clear()
         with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
-            one.submit(served.serve.warm, D, 1).result()
-            served.serve.way = served.serve.fused
-            found = other.submit(visits, method, served).result()
+            one.submit(served.visit.warm, D, 1).result()
+            served.visit.way = served.visit.fused
+            found = other.submit(visits, method, answers(served)).result()
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         agree(found, visits(method, method.serve))
     finally:

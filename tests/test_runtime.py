@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 
 import offbeat as ob
 from offbeat.core.protocol import Ask, Node, Server, loop
+from offbeat.core.tree import leaves
 from offbeat.engines.replay import replay
 from offbeat.experiment import rerun
 from offbeat.runtime import snapshot
 from offbeat.runtime.host import Terms, Tickets
 from offbeat.runtime.link import GREETING, LinkLost, dial
+from offbeat.runtime.message import Form
 from offbeat.runtime.place import Place
 from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Remote, Worker, train
@@ -126,12 +128,76 @@ def test_a_server_of_a_large_model_finds_the_fastest_way(
     )
     until(lambda: [line for line in run.said if line.startswith(warmed)], "the kernel", 120)
     if compiler:  # whatever the race says of so small a model
-        run.server.visits.serve.way = run.server.visits.serve.fused
+        run.server.visits.visit.way = run.server.visits.visit.fused
     train(worker, PROBLEM)
     finish(run)
     assert len([line for line in run.said if line.startswith(warmed)]) == 1
     again = replay(run.trace(), method, PROBLEM)
     torch.testing.assert_close(run.x(), again.x, rtol=1e-12, atol=1e-12)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """So many parameters, each with a bowl of its own; in float32."""
+
+    d: int
+
+    def x0(self) -> Tensor:
+        return torch.linspace(-1, 1, self.d)
+
+    def grad(self, x: Tensor, worker: int, step: int) -> tuple[Tensor, Tensor]:
+        return x - 0.01 * step, torch.tensor(0.0)
+
+    def evaluate(self, x: Tensor) -> dict[str, float]:
+        return {"loss": 0.0}
+
+
+LARGE = [ob.methods.ASGD(0.1), ob.methods.DanaZero(0.1), ob.methods.SSP(ob.methods.GEM()), ob.methods.Overlap()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside its compiler
+@pytest.mark.parametrize("transport", ["shared", "tcp"])
+@pytest.mark.parametrize("method", LARGE, ids=lambda method: method.name)
+def test_a_large_models_reply_is_written_where_it_is_read(
+    method: ob.ServerMethod, transport: str, serve: Serve
+) -> None:
+    """By a compiled kernel, into the memory that both ends map. The last numbers fill no register."""
+    problem = Slope(600_013)
+    run = serve(terms(method, 24, workers=2, transport=transport))
+    workers = [hire(run.place(i), problem) for i in range(2)]
+    until(lambda: [line for line in run.said if line.startswith("a visit takes")], "the kernel", 120)
+    visit = run.server.visits.visit
+    visit.way = visit.fused
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda worker: train(worker, problem), workers))
+    finish(run)
+    again = replay(run.trace(), method, problem)
+    torch.testing.assert_close(run.x(), again.x, rtol=1e-4, atol=1e-5)
+
+
+def test_what_lies_in_a_links_memory_is_not_copied(serve: Serve) -> None:
+    """Neither a reply nor a message: they are made there. What a server keeps is elsewhere."""
+    run = serve(terms(ob.methods.DanaZero(0.1), 5, workers=1, transport="shared"))
+    worker = hire(run.place(0), PROBLEM)
+    (session,) = run.server.sessions.values()
+    room = session.link.room(session.reply.bytes)
+    assert room is not None
+    visits = run.server.visits
+    visits.warm, visits.visit.way = True, partial(visits.visit.blocked, block=4)
+    sent, pack = [], Form.pack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Form, "pack", lambda form, message, out=None: sent.append(leaves(message)) or pack(form, message, out)
+        )
+        worker.step(torch.ones(PROBLEM.d, dtype=torch.float64), 0.0)
+    (_, (reply,)) = sent
+    assert reply.data_ptr() == room.data_ptr()
+    assert torch.equal(worker.x, reply)
+    kept = {t.untyped_storage().data_ptr() for t in leaves((run.server.server.state, run.server.server.own))}  # type: ignore[union-attr]
+    assert room.untyped_storage().data_ptr() not in kept
+    train(worker, PROBLEM)
+    finish(run)
 
 
 # shards

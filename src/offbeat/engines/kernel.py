@@ -15,7 +15,8 @@ import threading
 import time
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -38,6 +39,9 @@ PAGE = 1 << 20
 
 Program = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 """From all inputs, and the vectors to write to, to the new scalars."""
+
+ALIGNED = 64
+"""Bytes of a line of the cache, a register's size at most."""
 
 _free: defaultdict[int, deque[mmap.mmap]] = defaultdict(lambda: deque(maxlen=8))
 
@@ -69,12 +73,15 @@ class Kernel:
     `blocked` and `fused`. A call goes the way that `warm` has found the fastest, and is `exact` until then.
 
     Arguments and results are trees of tensors, each 0-dim or of one length [d]. Results that are no argument are new
-    vectors (`vector`) or scalars. 0-dim results of a handler that `adds` are sums over elements.
+    vectors (`vector`) or scalars; the last `sums` of these scalars are sums over elements.
+
+    A call may say where the last of its new vectors are to be written, ``into``: to memory that begins at a multiple of
+    `ALIGNED` bytes. A way that makes its own vectors leaves it as it is.
     """
 
-    def __init__(self, handler: Callable[..., Any], *args: Any, adds: bool = False) -> None:
+    def __init__(self, handler: Callable[..., Any], *args: Any, sums: int = 0) -> None:
         """``args`` are of the structure, dtypes and device that calls will have, and may be of any length."""
-        self.handler, self.adds = handler, adds
+        self.handler, self.sums = handler, sums
         inputs = [t[:2].clone() if t.dim() else t.clone() for t in leaves(args)]  # all distinct
         self.args = rebuild(args, inputs)
         self.result = handler(*self.args)
@@ -91,20 +98,20 @@ class Kernel:
         self.way: Callable[..., Any] = self.exact
         self._fused: Program | None = None
 
-    def __call__(self, *args: Any) -> Any:
-        return self.way(*args)
+    def __call__(self, *args: Any, into: Sequence[Tensor] = ()) -> Any:
+        return self.way(*args, into=into)
 
-    def eager(self, *args: Any) -> Any:
+    def eager(self, *args: Any, into: Sequence[Tensor] = ()) -> Any:
         """The handler as it is written."""
         return self.handler(*args)
 
-    def blocked(self, *args: Any, block: int = BLOCKS[1]) -> Any:
+    def blocked(self, *args: Any, block: int = BLOCKS[1], into: Sequence[Tensor] = ()) -> Any:
         """Block by block: exact, as a handler works on each element by itself. No compiler is needed."""
         inputs = leaves(args)
         size = next((len(t) for t in inputs if t.dim()), 0)
         if size <= block:
             return self.eager(*args)
-        out = self._vectors(size)
+        out = self._vectors(size, into)
         rows = []
         for begin in range(0, size, block):
             part = slice(begin, begin + block)
@@ -113,18 +120,20 @@ class Kernel:
             for whole, t in zip(out, [t for t in new if t.dim()], strict=True):
                 whole[part].copy_(t)
             rows.append([t for t in new if not t.dim()])
-        scalars = [reduce(operator.add, column) for column in zip(*rows, strict=True)] if self.adds else rows[0]
+        columns = list(zip(*rows, strict=True))
+        alike = len(columns) - self.sums
+        scalars = [column[0] if k < alike else reduce(operator.add, column) for k, column in enumerate(columns)]
         return self._answer(inputs, out, scalars)
 
-    def exact(self, *args: Any) -> Any:
+    def exact(self, *args: Any, into: Sequence[Tensor] = ()) -> Any:
         """Eager, or in blocks where these are faster: by the size, so that two runs have the same bits."""
         large = any(len(t) >= LARGE and t.is_cpu for t in leaves(args) if t.dim())
-        return self.blocked(*args) if large else self.eager(*args)
+        return self.blocked(*args, into=into) if large else self.eager(*args)
 
-    def fused(self, *args: Any) -> Any:
+    def fused(self, *args: Any, into: Sequence[Tensor] = ()) -> Any:
         """As one compiled loop; `warm` compiles it, for one length."""
         assert self._fused is not None, "call warm(size) first"
-        return self._run(self._fused, *args)
+        return self._run(self._fused, *args, into=into)
 
     def warm(self, size: int, repeats: int = 3) -> dict[str, float]:
         """Compile for vectors [size], race all ways, and take the fastest: the best seconds of each, eager first.
@@ -136,7 +145,7 @@ class Kernel:
         ways: dict[str, Callable[..., Any]] = {"eager": self.eager}
         for block in BLOCKS:
             if block < size:
-                ways[f"in blocks of {block}"] = lambda *a, block=block: self.blocked(*a, block=block)
+                ways[f"in blocks of {block}"] = partial(self.blocked, block=block)
         seconds = dict.fromkeys(ways, math.inf)
         fused: dict[str, Program] = {}
         try:
@@ -160,16 +169,17 @@ class Kernel:
 
     # parts
 
-    def _run(self, program: Program, *args: Any) -> Any:
+    def _run(self, program: Program, *args: Any, into: Sequence[Tensor] = ()) -> Any:
         inputs = leaves(args)
         size = next((len(t) for t in inputs if t.dim()), 0)
         if size != self.size:
             raise ValueError(f"a kernel for vectors of {self.size} numbers was given {size}: warm one up for these")
-        out = self._vectors(size)
+        out = self._vectors(size, into)
         return self._answer(inputs, out, program(inputs, out))
 
-    def _vectors(self, size: int) -> list[Tensor]:
-        return [vector(size, t.dtype, t.device) for t in self.new if t.dim()]
+    def _vectors(self, size: int, into: Sequence[Tensor]) -> list[Tensor]:
+        mine = [t for t in self.new if t.dim()]
+        return [*(vector(size, t.dtype, t.device) for t in mine[: len(mine) - len(into)]), *into]
 
     def _made(self, inputs: list[Tensor], result: Any) -> list[Tensor]:
         """Those leaves of a result that are new, in the order of `new`."""
@@ -201,7 +211,7 @@ class Kernel:
         used = [bool(n.users) for n in traced.graph.nodes if n.op == "placeholder"]
         self.reads = sum(u and t.dim() for u, t in zip(used, like, strict=True))
         self.size = size
-        yield "fused", _program(traced, partial(torch.compile, fullgraph=True, dynamic=False))
+        yield "fused", _program(traced, torch.compile)
         aligned = [t for t in self.new if t.dim() and t.is_cpu and t.dtype is torch.float32 and 4 * size >= PAGE]
         if aligned and stores.known():
             yield "fused, past the cache", _program(traced, stores.past_cache)
@@ -238,7 +248,9 @@ def _program(traced: fx.GraphModule, compiler: Callable[..., Any]) -> Program:
     second.output(tuple(body[n] for n in late))
 
     scalars = fx.GraphModule(traced, first)
-    loop = compiler(fx.GraphModule(traced, second))
+    # what is used twice is computed once, so that sums are added up in the loop that stores what they are of
+    options = {"realize_reads_threshold": 1}
+    loop = compiler(fx.GraphModule(traced, second), fullgraph=True, dynamic=False, options=options)
     order = [(early + late).index(n) for n in new if flat[n]]
 
     def run(inputs: list[Tensor], buffers: list[Tensor]) -> list[Tensor]:
@@ -256,7 +268,7 @@ _kernels: dict[Any, Kernel] = {}
 _alone = threading.Lock()
 
 
-def kernel(handler: Callable[..., Any], *args: Any, size: int = 0, adds: bool = False) -> Kernel:
+def kernel(handler: Callable[..., Any], *args: Any, size: int = 0, sums: int = 0) -> Kernel:
     """The kernel of a method's handler for arguments like ``args`` and vectors [size]: one in a process for each method (a
     value), handler, structure, size, dtype and device."""
     parts = [(t.dim(), t.dtype, t.device) for t in leaves(args)]
@@ -265,12 +277,36 @@ def kernel(handler: Callable[..., Any], *args: Any, size: int = 0, adds: bool = 
         getattr(handler, "__func__", handler),
         repr(rebuild(args, parts)),
         size,
-        adds,
+        sums,
     )
     with _alone:
         if key not in _kernels:
-            _kernels[key] = Kernel(handler, *args, adds=adds)
+            _kernels[key] = Kernel(handler, *args, sums=sums)
         return _kernels[key]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a server does with a message, so that it can be done in one pass."""
+
+    method: ServerMethod
+
+    def __call__(self, s: Any, own: Any, msg: Message, *sums: Tensor) -> tuple[Any, Any, Message, Tensor]:
+        """What ``serve`` gives, its reply in memory of its own, and a sum that is not finite if any number is not: of the
+        message, of the states or of the reply."""
+        old = leaves((s, own))
+        s, own, reply = self.method.serve(s, own, msg, *sums)
+        seen = [*old, *leaves((s, own, msg))]
+        numbers = {id(t): t for t in leaves((msg, s, own, reply)) if t.is_floating_point()}
+        new = [t for i, t in numbers.items() if i not in map(id, old)]
+        vectors = [t for t in new if t.dim()]
+        squares = reduce(lambda total, t: torch.addcmul(total, t, t), vectors[1:], vectors[0] * vectors[0]).sum()
+        squares = reduce(operator.add, [t * t for t in new if not t.dim()], squares)
+        parts = []
+        for t in leaves(reply):
+            parts.append(t.clone() if any(t is other for other in seen) else t)
+            seen.append(t)
+        return s, own, rebuild(reply, parts), squares
 
 
 class Visits:
@@ -283,12 +319,15 @@ class Visits:
         s, own, reply = method.admit(method.init_server(small))
         msg = method.push(method.local(method.init(reply), small))
         sums = method.sums(s, own, msg)
-        self.sums = kernel(method.sums, s, own, msg, size=self.size, adds=True) if sums else None
+        self.sums = kernel(method.sums, s, own, msg, size=self.size, sums=len(sums)) if sums else None
         self.serve = kernel(method.serve, s, own, msg, *sums, size=self.size)
+        self.visit = kernel(Visit(method), s, own, msg, *sums, size=self.size, sums=1)
+        self.warm = False
 
-    def __call__(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
-        """What ``serve`` gives, the fastest way."""
-        new: tuple[Any, Any, Message] = self.serve(s, own, msg, *(self.sums(s, own, msg) if self.sums else ()))
+    def __call__(self, s: Any, own: Any, msg: Message, into: Sequence[Tensor] = ()) -> tuple[Any, Any, Message, Tensor]:
+        """What `Visit` gives, the fastest way, vectors of the reply ``into`` memory that is ready for them."""
+        new: tuple[Any, Any, Message, Tensor]
+        new = self.visit(s, own, msg, *(self.sums(s, own, msg) if self.sums else ()), into=into)
         return new
 
     def exact(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
@@ -297,8 +336,11 @@ class Visits:
         new: tuple[Any, Any, Message] = self.serve.exact(s, own, msg, *sums)
         return new
 
-    def warm(self) -> dict[str, float]:
-        """Compile and race; the best seconds of each way. Raises what a compiler raises."""
-        seconds = self.serve.warm(self.size)
-        extra = self.sums.warm(self.size) if self.sums else {}
-        return {way: s + extra.get(way, 0.0) for way, s in seconds.items()}
+    def race(self) -> dict[str, float]:
+        """Compile what `Visit` does, and find the fastest way: the best seconds of each. Raises what a compiler raises."""
+        try:
+            seconds = self.visit.warm(self.size)
+            extra = self.sums.warm(self.size) if self.sums else {}
+        finally:
+            self.warm = True  # with or without a compiler
+        return {way: s + extra.get(way, min(extra.values(), default=0.0)) for way, s in seconds.items()}

@@ -34,11 +34,13 @@ def known() -> bool:
     return _registered[0]
 
 
-def past_cache(loop: Callable[..., Any]) -> Callable[..., Any]:
-    """``loop``, which writes to float32 vectors of their own pages, to be compiled by its first call where such stores are
-    `known`. What other threads compile meanwhile stays as it would be."""
+def past_cache(loop: Callable[..., Any], *, options: dict[str, Any], **how: Any) -> Callable[..., Any]:
+    """As `torch.compile`, for a ``loop`` which writes to float32 vectors of their own pages, where such stores are `known`.
+
+    What other threads compile meanwhile stays as it would be.
+    """
     # the cache on disk would take a loop with ordinary stores for this one
-    compiled = torch.compile(loop, fullgraph=True, dynamic=False, options={"fx_graph_cache": False})
+    compiled = torch.compile(loop, options={**options, "fx_graph_cache": False}, **how)
 
     def call(*args: Any) -> Any:
         _compiling.on = True

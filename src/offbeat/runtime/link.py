@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..engines.kernel import ALIGNED
 from .message import CURE, NOTE, SIZE, Corrupt, Header, Kind, checksum
 
 GREETING = b"offbeat runtime 1\n"
@@ -82,6 +83,11 @@ class Link:
 
     def meet(self) -> None:
         """At both ends, once both know the way for payloads and before the first one: make ready. Raises `LinkLost`."""
+
+    def room(self, length: int) -> Tensor | None:
+        """Where the next payload of so many bytes may be written so that it need not be copied, ``uint8 Tensor[length]``; None
+        where it has to be brought to the other end anyway. For the only thread that sends payloads."""
+        return None
 
     def lay(self, data: Tensor) -> int:
         """Before the header goes: the seal of ``uint8 Tensor[n]``, which may be laid where the other end finds it."""
@@ -267,7 +273,7 @@ class SharedLink(Link):
         """``sizes`` are the bytes that this end puts and takes at most; ``path`` the memory, where the other end made it;
         ``places`` how many payloads each way have room at once."""
         super().__init__(sock, name, timeout)
-        mine, theirs = (-(-size // 8) * 8 * places for size in sizes)
+        mine, theirs = (-(-size // ALIGNED) * ALIGNED * places for size in sizes)
         total = mine + theirs
         self.fd, self.path = (-1, path) if path else _memory(max(1, total))
         try:
@@ -283,19 +289,26 @@ class SharedLink(Link):
         else:
             out, into = memory[:mine], memory[mine:total]
         self.put_at, self.take_at = cycle(out.chunk(places)), cycle(into.chunk(places))
+        self.next = next(self.put_at)
 
     def offer(self) -> dict[str, Any]:
         return {"path": self.path}
 
+    def room(self, length: int) -> Tensor:
+        return self.next[:length]
+
     def lay(self, data: Tensor) -> int:
-        next(self.put_at)[: data.numel()].copy_(data)
+        here, self.next = self.next, next(self.put_at)
+        if data.data_ptr() != here.data_ptr():
+            here[: data.numel()].copy_(data)
         return self.seal(data)
 
     def seal(self, data: Tensor) -> int:
-        """One word of each page, the last word among them: nothing is carried that could be damaged, but a page may not have
-        been written yet."""
+        """Some words, a page or more apart, the last word among them: nothing is carried that could be damaged, but what lies
+        there might be another message."""
         words = data.view(torch.int64)
-        return int(words[(len(words) - 1) % 512 :: 512].sum()) & ((1 << 64) - 1)
+        apart = max(512, len(words) // 1024)
+        return int(words[(len(words) - 1) % apart :: apart].sum()) & ((1 << 64) - 1)
 
     def put(self, data: Tensor) -> None:
         pass  # it is there

@@ -131,7 +131,8 @@ class Form:
         return sum(_whole(t) for t in leaves(self.like))
 
     def pack(self, message: Message, out: Tensor | None = None) -> Tensor:
-        """The message as bytes, ``uint8 Tensor[bytes]``, in ``out`` where given; one tensor alone is not copied."""
+        """The message as bytes, ``uint8 Tensor[bytes]``: in ``out`` where given, in which parts of it may lie already; else
+        one tensor alone is not copied."""
         parts = leaves(message)
         self.check(parts)
         if out is None and len(parts) == 1 and _whole(parts[0]) == parts[0].nbytes and parts[0].is_cpu:
@@ -140,7 +141,8 @@ class Form:
                 return only.view(torch.uint8)
         out = torch.zeros(self.bytes, dtype=torch.uint8) if out is None else out
         for t, place in zip(parts, self._places(out), strict=True):
-            place.copy_(t.detach())
+            if t.data_ptr() != place.data_ptr():
+                place.copy_(t.detach())
         return out
 
     def unpack(self, data: Tensor) -> Message:

@@ -10,6 +10,7 @@ import math
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..core.method import GradientServer, Message, ServerMethod
 from ..core.protocol import Server
 from ..core.tree import leaves, rebuild
-from ..engines.kernel import Visits
+from ..engines.kernel import ALIGNED, Visits
 from .host import Diverging, Host, Refused, Session
 from .link import Frame, Link, LinkLost
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite, tame
@@ -61,8 +62,8 @@ class RunServer(Host):
     kind = ServerMethod
     server: Server | None = None
     visits: Visits
-    calm = True
-    """Whether the message that is served is far from what overflows."""
+    into: Sequence[Tensor] = ()
+    """Where the vectors of the reply to what is served may be written."""
 
     @property
     def running(self) -> bool:
@@ -132,11 +133,7 @@ class RunServer(Host):
                 session.link.send(session.head._replace(kind=Kind.WELCOME), None, {"tickets": tickets})
                 continue
             message = session.push.unpack(frame.payload)
-            calm = tame(message)
-            if not calm and not finite(message):
-                raise Diverging(self._diverged(session, frame.header.step, "the message is not finite"))
             with self.lock:
-                self.calm = calm
                 self._visit(session, frame, message, note)
                 tickets = self._hand(session, note)
             reply = self._await(session)
@@ -163,17 +160,23 @@ class RunServer(Host):
 
     def _handle(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
         """The method's handler as a transaction: what is not finite never takes the place of what is."""
-        new = _apart(self.visits(s, own, msg), msg)
-        if not finite(new[2]) or not (self.calm or finite(new[:2])):
+        if self.visits.warm:
+            *new, squares = self.visits(s, own, msg, self.into)
+            sound = float(squares) < math.inf
+        else:
+            new = [*self.visits.exact(s, own, msg)]
+            sound = tame(msg) and finite(new[2])
+        if not sound and not finite((msg, new)):
             raise FloatingPointError
-        return new
+        s, own = _apart(new[:2], msg)
+        return s, own, new[2]
 
     def _warm(self) -> None:
         """Find the fastest way to serve a large model, while training goes on."""
         if self.parameters < LARGE:
             return
         try:
-            seconds = self.visits.warm()
+            seconds = self.visits.race()
         except Exception as error:  # whatever a compiler may raise: all ways are right, some slower
             self.say(f"visits stay uncompiled, as no kernel could be made ({str(error).splitlines()[0][:200]})")
         else:
@@ -188,10 +191,14 @@ class RunServer(Host):
             raise Corrupt(f"a late message of a life of worker {worker} that is over: refused")
         lag = server.lag(worker)
         gap, extra = self._measure(session, message)
+        room = session.link.room(session.reply.bytes)
+        places = [] if room is None else [t for t in leaves(session.reply.unpack(room)) if t.dim()]
+        self.into = places if not any(t.data_ptr() % ALIGNED for t in places) else []
         try:
             replies = server.visit(worker, message)
         except FloatingPointError:
-            raise Diverging(self._diverged(session, header.step, "the model would not be finite any more")) from None
+            what = "the model would not be finite any more" if finite(message) else "the message is not finite"
+            raise Diverging(self._diverged(session, header.step, what)) from None
         for other, reply in replies.items():
             self.sessions[other].outbox.put((server.version, reply))
         session.visits += 1
@@ -236,7 +243,8 @@ class RunServer(Host):
         elif self.terms.shard[1] == 1:  # else the first server's word counts
             session.length = self.method.length(self.method.init(_first(reply)))
         head = session.head._replace(step=self.steps.get(session.worker, 0), version=version)
-        session.link.send(head, session.reply.pack(reply), {"tickets": tickets})
+        payload = session.reply.pack(reply, session.link.room(session.reply.bytes))
+        session.link.send(head, payload, {"tickets": tickets})
 
     def _content(self) -> dict[str, Any]:
         server = self.server
@@ -267,12 +275,9 @@ def _first(message: Message) -> Message:
     return rebuild(message, [t[:1] if t.dim() else t for t in leaves(message)])
 
 
-def _apart(value: tuple[Any, Any, Message], msg: Message) -> tuple[Any, Any, Message]:
-    """``value`` without memory of ``msg``, which is the link's: the next message comes there."""
-    parts, lent = leaves(value), {t.untyped_storage().data_ptr() for t in leaves(msg)}
+def _apart(states: Any, msg: Message) -> Any:
+    """``states`` without memory of ``msg``, which is the link's: the next message comes there."""
+    parts, lent = leaves(states), {t.untyped_storage().data_ptr() for t in leaves(msg)}
     if lent.isdisjoint(t.untyped_storage().data_ptr() for t in parts):
-        return value
-    kept: tuple[Any, Any, Message] = rebuild(
-        value, [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in parts]
-    )
-    return kept
+        return states
+    return rebuild(states, [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in parts])

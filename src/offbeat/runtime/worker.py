@@ -242,7 +242,7 @@ class Remote(Exchange):
             for shard in self.shards:
                 mine = rebuild(msg, [t[shard.part] if t.dim() else t for t in parts])
                 head = shard.head._replace(kind=Kind.PUSH, step=shard.step, gradients=gradients)
-                shard.link.send(head, shard.push.pack(mine), note)
+                shard.link.send(head, shard.push.pack(mine, shard.link.room(shard.push.bytes)), note)
 
     def reply(self) -> tuple[Message, list[int]]:
         replies, tickets = [], []
