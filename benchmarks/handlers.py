@@ -42,7 +42,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Kernel]]]:
         schedule = {"lr": 0.1 * ob.Warmup(100)} if "lr" in cls.__dataclass_fields__ else {}
         method = cls(**schedule)
         if isinstance(method, ob.ServerMethod):
-            yield f"{cls.__name__}.serve", lambda method=method: Visits(method, small).serve
+            yield f"{cls.__name__}.serve", lambda method=method: Visits(method, small).visit
             continue
         w = method.init(small)
         if isinstance(method, ob.PeriodicMethod):

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.method import GradientServer, Message, ServerMethod
 from ..core.protocol import Server
 from ..core.tree import leaves, rebuild
-from ..engines.kernel import ALIGNED, Visits
+from ..engines.kernel import ALIGNED, BLOCKS, Visits
 from .host import Diverging, Host, Refused, Session
 from .link import Frame, Link, LinkLost
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite, tame
@@ -214,7 +214,8 @@ class RunServer(Host):
         figures = server.method.measure(server.state, server.own[session.worker], message)
         gap = math.nan
         if session.point is not None:
-            gap = float((server.x() - session.point).norm()) / self.parameters**0.5
+            blocks = zip(server.x().split(BLOCKS[1]), session.point.split(BLOCKS[1]), strict=True)
+            gap = math.fsum(float((a - b).double().square().sum()) for a, b in blocks) ** 0.5 / self.parameters**0.5
         return gap, {name: float(value) for name, value in figures.items()}
 
     def _await(self, session: Visitor) -> tuple[int, Message] | None:
