@@ -1,7 +1,8 @@
 """Milliseconds of a push and pull: 40 MB go to a server, which takes ``x - lr g`` and returns all of x; one worker.
 
 One thread for each process, each system in an environment of its own, all in turn, some times over. Ours are whole exchanges:
-headers, checksums, the look at what is not finite, and a state that stays as it was if anything is wrong.
+headers, checksums, the look at what is not finite, and a state that stays as it was if anything is wrong. In shared memory
+the gradient is made where the server reads it, as a `Replica` does, and x is used where the server writes it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ REPEATS = 5
 GROUPS: dict[str, list[System]] = {
     "memory that both map": [
         System("offbeat, shared memory", "ours_exchange.py", "shared", workers=1),
-        Mpi("MPI, a shared window", "mpi_exchange.py", "window", "mpi4py", workers=1),
+        Mpi("MPI, a window, copied into and out of", "mpi_exchange.py", "window", "mpi4py", workers=1),
+        Mpi("MPI, a window, nothing copied or kept", "mpi_exchange.py", "in-place", "mpi4py", workers=1),
     ],
     "messages": [
         System("offbeat, gloo", "ours_exchange.py", "gloo", workers=1),

@@ -605,6 +605,35 @@ def test_passes_that_are_over_yield_nothing_after_a_restart(serve: Serve) -> Non
     assert len(run.trace()) == 18
 
 
+@pytest.mark.parametrize("transport", ["shared", "tcp"])
+def test_a_replicas_gradients_are_made_where_the_server_reads_them(serve: Serve, transport: str) -> None:
+    """In the memory of the link, of a new life's in that of the new one; where there is none, in their own."""
+    run = serve(terms(SGD, None, workers=1, transport=transport))
+    model = net()
+    replica = ob.Replica(model, place=run.place(0))
+    seen = set()
+    for step in range(8):
+        if step == 4:
+            replica.worker.exchange.shards[0].link.hang_up()
+        x, before = data(step), vector(model)
+        room = replica.worker.room()
+        model(x).square().mean().backward()
+        grads = replica.flat.gather()
+        assert (room is not None) == (transport == "shared")
+        if room is not None:
+            assert grads.data_ptr() == room.data_ptr()
+        seen.add(grads.data_ptr())
+        wanted = before - LR * grads
+        replica.step()
+        if step != 4:  # whose gradient is lost
+            assert same(vector(model), wanted)
+        assert same(run.x(), vector(model))
+        assert not replica.flat.grad.any()
+    assert len(seen) == (2 if transport == "shared" else 1)
+    replica.leave()
+    finish(run)
+
+
 def test_a_link_that_is_mended_between_steps_brings_its_parameters(serve: Serve) -> None:
     """The next gradient is taken where the new life begins, and its minibatches are the new life's."""
     run = serve(terms(ob.methods.ASGD(lr=0.5), None, workers=1))

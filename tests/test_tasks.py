@@ -380,6 +380,24 @@ def test_flat_views_parameters_and_gradients():
     assert torch.equal(parameters_to_vector(net.parameters()), flat.data)
 
 
+def test_flat_collects_gradients_in_memory_that_it_is_given():
+    net = plain()
+    flat, memory = Flat(net), torch.full((10_000,), 7.0)
+    memory = memory[: len(flat.grad)]
+    x, y = examples()
+    F.cross_entropy(net(x), y).backward()
+    before = flat.gather().clone()
+    flat.collect_in(memory)
+    assert torch.equal(memory, before), "what was there is kept"
+    F.cross_entropy(net(x), y).backward()
+    assert flat.gather() is memory
+    assert torch.allclose(memory, 2 * before)
+    net.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    assert torch.equal(flat.gather(), before)
+    assert memory.data_ptr() == next(net.parameters()).grad.data_ptr()
+
+
 def test_flat_survives_zero_grad_and_optimizers():
     x, y = examples()
     a, b = plain(), plain()

@@ -1,4 +1,7 @@
-"""MPI: messages, or a window of memory that both ranks map. The server changes x where the worker copies it from."""
+"""MPI: messages, or a window of memory that both ranks map, where the server changes x itself.
+
+Either the worker copies its gradient into the window and x out of it, or both are there and nowhere else.
+"""
 
 import numpy as np
 import torch
@@ -10,19 +13,23 @@ world = MPI.COMM_WORLD
 worker = world.rank == 0
 mine, g = torch.zeros(SIZE), torch.full((SIZE,), 1e-3)
 token = np.zeros(1, np.int8)
-if said() == "window":
+if said() != "messages":
+    copies = said() == "window"
     window = MPI.Win.Allocate_shared(8 * SIZE if worker else 0, 4, comm=world)
     whole = torch.from_numpy(np.frombuffer(window.Shared_query(0)[0], np.float32))
     there, x = whole[:SIZE], whole[SIZE:]
     if worker:
         x.zero_()
+        there.copy_(g)
 
     def exchange() -> None:
         if worker:
-            there.copy_(g)
+            if copies:
+                there.copy_(g)
             world.Send(token, 1)
             world.Recv(token, 1)
-            mine.copy_(x)
+            if copies:
+                mine.copy_(x)
         else:
             world.Recv(token, 0)
             x.sub_(there, alpha=LR)

@@ -22,7 +22,8 @@ if os.environ["RANK"] == "0":
 
 place = replace(Place.read(), servers=(f"127.0.0.1:{port}",), worker=0, hosts=0)
 worker = enter(place, torch.zeros(SIZE), read(method), {"layout": None}, read, print)
-g = torch.full((SIZE,), 1e-3)
+room = worker.room()  # in which a replica's gradients are, if there is any
+g = (torch.empty(SIZE) if room is None else room).fill_(1e-3)
 end = time.monotonic() + 15  # by then the server has compiled its handler, and measured whether that is faster
 while time.monotonic() < end:
     worker.step(g, 0.0)

@@ -220,6 +220,9 @@ class Replica:
             self._take()
 
     def _take(self) -> None:
+        room = self.worker.room() if self._life != self.worker.life else None
+        if room is not None and isinstance(self.flat, Flat):
+            self.flat.collect_in(room)
         self.flat.write(self.worker.x)
         self.flat.zero_grad()
         self._shown, self._life = False, self.worker.life

@@ -214,7 +214,7 @@ class RunServer(Host):
         figures = server.method.measure(server.state, server.own[session.worker], message)
         gap = math.nan
         if session.point is not None:
-            blocks = zip(server.x().split(BLOCKS[1]), session.point.split(BLOCKS[1]), strict=True)
+            blocks = zip(*(torch.split(x, BLOCKS[1]) for x in (server.x(), session.point)), strict=True)
             gap = math.fsum(float((a - b).double().square().sum()) for a, b in blocks) ** 0.5 / self.parameters**0.5
         return gap, {name: float(value) for name, value in figures.items()}
 

@@ -69,6 +69,10 @@ class Exchange(Protocol):
         """The model that would be shipped now. [d]"""
         ...
 
+    def room(self) -> Tensor | None:
+        """Where a gradient may be made so that it need not be copied: see `Driver.room`."""
+        return None
+
     def leave(self, note: dict[str, Any]) -> None:
         """Go in good order."""
         ...
@@ -272,6 +276,14 @@ class Remote(Exchange):
                 parts.append(form.unpack(frame.payload))
         return torch.cat(parts).to(self.x0.device)
 
+    def room(self) -> Tensor | None:
+        shard, *others = self.shards
+        like, room = shard.push.like, shard.link.room(shard.push.bytes)
+        if others or room is None or not isinstance(like, Tensor):
+            return None
+        fits = (like.shape, like.dtype) == (self.x0.shape, self.x0.dtype) and self.x0.is_cpu
+        return shard.push.unpack(room) if fits else None
+
     def leave(self, note: dict[str, Any]) -> None:
         for shard in self.shards:
             with contextlib.suppress(LinkLost):
@@ -331,6 +343,11 @@ class Driver(ABC):
     def x(self) -> Tensor:
         """Where the next gradient is to be taken. [d]"""
         return self.request.x
+
+    def room(self) -> Tensor | None:
+        """Where the next gradient may be made so that nobody has to copy it, ``Tensor[d]``; None where there is no such memory.
+        It is the same for all gradients of a life, and is not read when `step` has returned."""
+        return None
 
     @property
     def free(self) -> bool:
@@ -419,6 +436,9 @@ class Worker(Driver):
 
         tickets: list[int] = self._again(ask)
         return tickets
+
+    def room(self) -> Tensor | None:
+        return None if self.keeps else self.exchange.room()
 
     def _catch_up(self) -> None:
         """Take the reply to what was pushed, if the worker has gone on without."""

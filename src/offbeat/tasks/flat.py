@@ -82,6 +82,17 @@ class Flat:
         self.gather()
         self.grad.copy_(g)
 
+    def collect_in(self, grad: Tensor) -> None:
+        """Make ``grad`` [d] the vector of the gradients, which it then holds."""
+        grad.copy_(self.gather())
+        self.grad = grad
+        parts = torch.split(grad, [p.numel() for p in self.parameters])
+        self._parts = [
+            (name, p, data, part.view(p.shape)) for (name, p, data, _), part in zip(self._parts, parts, strict=True)
+        ]
+        for _, p, _, part in self._parts:
+            p.grad = part
+
     def zero_grad(self) -> None:
         """Make all gradients 0."""
         self.grad.zero_()
