@@ -34,8 +34,8 @@ def filled() -> torch.Tensor:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Kernel]]]:
-    """The triad itself, then ``serve`` of the server methods, ``absorb`` of the periodic ones, ``merge`` of those that gossip
-    in rounds."""
+    """The triad itself, then ``serve`` of the server methods, with all that a server does beside it, ``absorb`` of the periodic
+    ones, ``merge`` of those that gossip in rounds."""
     small = torch.ones(2)
     yield "a triad as a handler", lambda: Kernel(lambda b, c, s: b + s * c, small, small, torch.tensor(3.0))
     for cls in ob.methods.all_methods():

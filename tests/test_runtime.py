@@ -184,7 +184,7 @@ def test_what_lies_in_a_links_memory_is_not_copied(serve: Serve) -> None:
     room = session.link.room(session.reply.bytes)
     assert room is not None
     visits = run.server.visits
-    visits.warm, visits.visit.way = True, partial(visits.visit.blocked, block=4)
+    visits.raced, visits.visit.way = True, partial(visits.visit.blocked, block=4)
     sent, pack = [], Form.pack
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

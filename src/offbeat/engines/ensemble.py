@@ -34,7 +34,7 @@ class Travel:
         self.root = x.numel() ** 0.5
         self.last, self.sampled = x, x[:: self.stride]
         self.least = torch.full_like(self.sampled, torch.finfo(x.dtype).tiny)  # so that 0 / 0 is 0
-        self.square = self.least.clone()
+        self.square, self.step = self.least.clone(), self.least.clone()
         self.inverse = self.square.rsqrt()  # of its root
         self.weight = 0.0
 
@@ -43,18 +43,19 @@ class Travel:
         if x is point:
             return 0.0, 0.0
         difference = x - point
-        rmse = float(torch.dot(difference, difference)) ** 0.5 / self.root
+        rmse = float(torch.linalg.vector_norm(difference)) / self.root
         if not self.weight or not rmse:
             return rmse, 0.0
-        sampled = difference.abs_() if self.stride == 1 else difference[:: self.stride].abs()
-        return rmse, float(torch.dot(sampled, self.inverse)) / len(sampled) * self.weight**0.5
+        sampled = difference if self.stride == 1 else difference[:: self.stride]
+        total = float((sampled * self.inverse).abs_().sum())  # a dot product would wake a thread
+        return rmse, total / len(sampled) * self.weight**0.5
 
     def moved(self, x: Tensor) -> None:
         """The model is now at ``x``."""
         if x is not self.last:
             sampled = x if self.stride == 1 else x[:: self.stride].clone()
-            step = sampled - self.sampled
-            self.square.lerp_(torch.addcmul(self.least, step, step), 1 - self.decay)
+            step = torch.sub(sampled, self.sampled, out=self.step)
+            self.square.lerp_(torch.addcmul(self.least, step, step, out=step), 1 - self.decay)
             torch.rsqrt(self.square, out=self.inverse)
             self.weight = self.decay * self.weight + 1 - self.decay
             self.last, self.sampled = x, sampled

@@ -322,7 +322,7 @@ class Visits:
         self.sums = kernel(method.sums, s, own, msg, size=self.size, sums=len(sums)) if sums else None
         self.serve = kernel(method.serve, s, own, msg, *sums, size=self.size)
         self.visit = kernel(Visit(method), s, own, msg, *sums, size=self.size, sums=1)
-        self.warm = False
+        self.raced = False
 
     def __call__(self, s: Any, own: Any, msg: Message, into: Sequence[Tensor] = ()) -> tuple[Any, Any, Message, Tensor]:
         """What `Visit` gives, the fastest way, vectors of the reply ``into`` memory that is ready for them."""
@@ -342,5 +342,5 @@ class Visits:
             seconds = self.visit.warm(self.size)
             extra = self.sums.warm(self.size) if self.sums else {}
         finally:
-            self.warm = True  # with or without a compiler
+            self.raced = True  # with or without a compiler
         return {way: s + extra.get(way, min(extra.values(), default=0.0)) for way, s in seconds.items()}

@@ -160,7 +160,7 @@ class RunServer(Host):
 
     def _handle(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
         """The method's handler as a transaction: what is not finite never takes the place of what is."""
-        if self.visits.warm:
+        if self.visits.raced:
             *new, squares = self.visits(s, own, msg, self.into)
             sound = float(squares) < math.inf
         else:

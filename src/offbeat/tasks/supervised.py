@@ -280,6 +280,9 @@ class _Live:
         with _Seeded((torch.default_generator,), derive(_INIT, problem.seed)):  # an item may draw
             self.train = _examples(problem, "train", self.device)
             self.test = _examples(problem, "test", self.device)
+        self.batches = len(self.train) // problem.batch
+        self.named = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        self.sizes = [p.numel() for p in self.flat.parameters]
         self.generators = _generators(self.device)
         self.own = Generator(self.device)
         self.draws = isinstance(self.train, _Items)  # whether a gradient draws random numbers, as far as is known
@@ -319,7 +322,7 @@ class _Live:
     def chosen(self, seed: int, worker: int, step: int) -> Tensor:
         """The examples of a minibatch, by number."""
         batch = self.problem.batch
-        turn, place = divmod(step, len(self.train) // batch)
+        turn, place = divmod(step, self.batches)
         held, order = self.orders.get((seed, worker), (-1, NOTHING))
         if held != turn:
             order = self.order(_ORDER, seed, worker, turn)
@@ -345,20 +348,18 @@ class _Live:
             before = [g.get_state() for g in self.generators]
             draws = _Draws(self.generators, [derive(_DRAW, *who) for who in whose]) if self.draws else None
             inputs, targets = self.minibatches(whose, draws)
-            x = torch.stack([p.x.detach() for p in points])
-            sizes = [p.numel() for p in self.flat.parameters]
-            named = [name for name, p in self.module.named_parameters() if p.requires_grad]
+            x = torch.stack([p.x for p in points]).detach()
             parts = [
                 part.view(n, *p.shape).requires_grad_()
-                for part, p in zip(torch.split(x, sizes, 1), self.flat.parameters, strict=True)
+                for part, p in zip(torch.split(x, self.sizes, 1), self.flat.parameters, strict=True)
             ]
             buffers = {name: b.expand(n, *b.shape).clone() for name, b in self.built.items()}
             with draws or nullcontext():
-                tensors = dict(zip(named, parts, strict=True)) | buffers
+                tensors = dict(zip(self.named, parts, strict=True)) | buffers
                 losses = vmap(self._loss, randomness="different")(tensors, inputs, targets)
             each = torch.autograd.grad(losses.sum(), parts, materialize_grads=True)
             grads = torch.empty_like(x)
-            for place, part in zip(torch.split(grads, sizes, 1), each, strict=True):
+            for place, part in zip(torch.split(grads, self.sizes, 1), each, strict=True):
                 place.view(part.shape).copy_(part)
             if draws is None and _drawn(self.generators, before):
                 self.draws = True  # the lanes have drawn from one stream: again, each from its own
