@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crew import Nursery, Processes, Serving, at_work, shared_memory, time_out, until
+from crew import Nursery, Processes, Serving, at_work, rest, shared_memory, time_out
 from torch import Tensor
 
 TOLERANCE = 1e-9  # relative, in float64: rounding stays far below it, a wrong term far above
@@ -33,7 +33,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
         yield serve
     for one in running:
         one.stop()
-    until(lambda: at_work() <= before, "the end of all threads of the run", 20)
+    rest(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,15 @@ def at_work() -> set[int]:
                 found.add(thread)
             below = below.f_back
     return found
+
+
+def rest(before: set[int]) -> None:
+    """Wait until no thread is at work but those of ``before``; else say where they are."""
+    try:
+        until(lambda: at_work() <= before, "the end of all threads of the run", 20)
+    except TimeoutError as late:
+        stacks = ["".join(traceback.format_stack(sys._current_frames().get(thread))) for thread in at_work() - before]
+        raise TimeoutError("\n".join([f"{late}; still at work:", *stacks])) from None
 
 
 class Serving:

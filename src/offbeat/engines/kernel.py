@@ -300,7 +300,8 @@ class Visit:
         numbers = {id(t): t for t in leaves((msg, s, own, reply)) if t.is_floating_point()}
         new = [t for i, t in numbers.items() if i not in map(id, old)]
         vectors = [t for t in new if t.dim()]
-        squares = reduce(lambda total, t: torch.addcmul(total, t, t), vectors[1:], vectors[0] * vectors[0]).sum()
+        total = reduce(lambda total, t: torch.addcmul(total, t, t), vectors[1:], vectors[0] * vectors[0])
+        squares = total.sum(dtype=torch.promote_types(total.dtype, torch.float32))
         squares = reduce(operator.add, [t * t for t in new if not t.dim()], squares)
         parts = []
         for t in leaves(reply):

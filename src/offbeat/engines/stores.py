@@ -2,7 +2,8 @@
 
 An ordinary store first reads the line that it overwrites, so that a loop of two reads and a write moves four streams; one
 past the cache moves three. Inductor has no option for these, but takes another backend in the place of its own, and its
-kernels for the CPU are made to be derived from. On x86 alone: elsewhere the usual backend does all.
+kernels for the CPU are made to be derived from. On x86 alone: elsewhere the usual backend does all. Others see what was so
+stored once a lock has been taken after it, and no thread or process learns of a result without one.
 """
 
 from __future__ import annotations
