@@ -112,6 +112,39 @@ def test_each_lane_is_what_the_gradient_alone_is(net: object, augment: object) -
     assert torch.equal(again.flip(0), grads)
 
 
+def dense() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, 20), nn.Unflatten(1, (4, 5)))
+
+
+def softened(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.1)
+
+
+DRAW = torch.Generator().manual_seed(2)
+LABELS = torch.randint(4, (60, 5), generator=DRAW)
+LABELS[torch.rand(60, 5, generator=DRAW) < 0.3] = -100  # which cross-entropy leaves out
+
+
+@pytest.mark.parametrize("loss", [nn.functional.cross_entropy, softened])
+@pytest.mark.parametrize(
+    ("net", "targets"),
+    [
+        (plain, LABELS[:, 0]),
+        (dense, LABELS),
+        (plain, torch.rand(60, 4, generator=DRAW).double()),
+        (dense, torch.rand(60, 4, 5, generator=DRAW).double()),
+    ],
+    ids=["some left out", "several a row", "probabilities", "several a row, probabilities"],
+)
+def test_a_loss_in_lanes_is_each_lane_s_mean(net: object, targets: Tensor, loss: object) -> None:
+    whole = replace(problem(net), loss=loss, train=(problem().train[0], targets))  # type: ignore[arg-type, index]
+    points = [Point(whole, whole.x0() * (1 + worker / 10), worker, worker) for worker in range(4)]
+    for point, g, value in zip(points, *whole.grads(points), strict=True):
+        alone, its_value = whole.grad(point.x, point.worker, point.step)
+        torch.testing.assert_close(g, alone, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(value, its_value, rtol=1e-10, atol=1e-12)
+
+
 def test_a_gradient_that_draws_late_is_noticed() -> None:
     """A module may draw its first random number at any call: then the lanes are taken again, each from its own."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, vmap
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -38,6 +39,8 @@ HELD = 2 << 30
 ROOM = 1 << 30
 """Bytes that gradients taken in one call may need."""
 
+IGNORED = -100
+"""The target that ``cross_entropy`` leaves out of its mean."""
 NOTHING = torch.empty(0, dtype=torch.int32)
 
 # What a seed is for: the first part of every derived seed, so that no two uses share random numbers.
@@ -356,7 +359,7 @@ class _Live:
             buffers = {name: b.expand(n, *b.shape).clone() for name, b in self.built.items()}
             with draws or nullcontext():
                 tensors = dict(zip(self.named, parts, strict=True)) | buffers
-                losses = vmap(self._loss, randomness="different")(tensors, inputs, targets)
+                losses = self._losses(tensors, inputs, targets)
             each = torch.autograd.grad(losses.sum(), parts, materialize_grads=True)
             grads = torch.empty_like(x)
             for place, part in zip(torch.split(grads, self.sizes, 1), each, strict=True):
@@ -377,8 +380,24 @@ class _Live:
                 pairs.append(self.minibatch(*who))
         return torch.stack([inputs for inputs, _ in pairs]), torch.stack([targets for _, targets in pairs])
 
-    def _loss(self, tensors: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.problem.loss(functional_call(self.module, tensors, (inputs,)), targets)
+    def _losses(self, tensors: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each lane, ``Tensor[n]``."""
+
+        def outputs(tensors: dict[str, Tensor], inputs: Tensor) -> Any:
+            return functional_call(self.module, tensors, (inputs,))
+
+        def loss(tensors: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+            return self.problem.loss(outputs(tensors, inputs), targets)
+
+        if self.problem.loss is not F.cross_entropy:
+            found: Tensor = vmap(loss, randomness="different")(tensors, inputs, targets)
+            return found
+        # mapped over lanes it would be made of a dozen operations: here the lanes are one long minibatch
+        whole = vmap(outputs, randomness="different")(tensors, inputs).flatten(0, 1)
+        each = F.cross_entropy(whole, targets.flatten(0, 1), reduction="none").view(len(targets), -1)
+        if targets.is_floating_point():
+            return each.mean(1)
+        return each.sum(1) / (targets != IGNORED).flatten(1).sum(1)
 
     def measure_statistics(self, seed: int) -> None:
         """Recompute the running statistics of batch normalisation, in a module that is in evaluation mode."""
