@@ -34,7 +34,8 @@ class Travel:
         self.root = x.numel() ** 0.5
         self.last, self.sampled = x, x[:: self.stride]
         self.least = torch.full_like(self.sampled, torch.finfo(x.dtype).tiny)  # so that 0 / 0 is 0
-        self.square, self.step = self.least.clone(), self.least.clone()
+        self.square = self.least.clone()
+        self.step = self.least.clone()  # memory for the last one
         self.inverse = self.square.rsqrt()  # of its root
         self.weight = 0.0
 

@@ -298,7 +298,8 @@ class Visit:
         s, own, reply = self.method.serve(s, own, msg, *sums)
         seen = [*old, *leaves((s, own, msg))]
         numbers = {id(t): t for t in leaves((msg, s, own, reply)) if t.is_floating_point()}
-        new = [t for i, t in numbers.items() if i not in map(id, old)]
+        passed = {id(t) for t in old}
+        new = [t for i, t in numbers.items() if i not in passed]
         vectors = [t for t in new if t.dim()]
         total = reduce(lambda total, t: torch.addcmul(total, t, t), vectors[1:], vectors[0] * vectors[0])
         squares = total.sum(dtype=torch.promote_types(total.dtype, torch.float32))

@@ -191,9 +191,7 @@ class RunServer(Host):
             raise Corrupt(f"a late message of a life of worker {worker} that is over: refused")
         lag = server.lag(worker)
         gap, extra = self._measure(session, message)
-        room = session.link.room(session.reply.bytes)
-        places = [] if room is None else [t for t in leaves(session.reply.unpack(room)) if t.dim()]
-        self.into = places if not any(t.data_ptr() % ALIGNED for t in places) else []
+        self.into = self._places(session) if self.visits.raced else ()
         try:
             replies = server.visit(worker, message)
         except FloatingPointError:
@@ -204,6 +202,12 @@ class RunServer(Host):
         session.visits += 1
         session.lag, session.gap = lag, gap
         self._record(session, header.step, header.gradients, note, header.length, extra)
+
+    def _places(self, session: Visitor) -> Sequence[Tensor]:
+        """Where a kernel may write the vectors of the worker's next reply; none where they would have to be brought to it."""
+        room = session.link.room(session.reply.bytes)
+        places = () if room is None else [t for t in leaves(session.reply.unpack(room)) if t.dim()]
+        return () if any(t.data_ptr() % ALIGNED for t in places) else places
 
     def _measure(self, session: Visitor, message: Message) -> tuple[float, dict[str, float]]:
         """The gap and the method's own figures: always for a small model, for a large one at every tenth visit."""

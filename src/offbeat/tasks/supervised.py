@@ -38,7 +38,6 @@ HELD = 2 << 30
 """Bytes up to which a data set is kept in memory as tensors."""
 ROOM = 1 << 30
 """Bytes that gradients taken in one call may need."""
-
 IGNORED = -100
 """The target that ``cross_entropy`` leaves out of its mean."""
 NOTHING = torch.empty(0, dtype=torch.int32)
@@ -404,7 +403,7 @@ class _Live:
         if not self.norms:
             return
         batches = torch.split(self.order(_SAMPLE, seed), self.problem.batch)
-        for k in range(min(STATISTICS, len(self.train) // self.problem.batch)):
+        for k in range(min(STATISTICS, self.batches)):
             for norm in self.norms:
                 norm.train()
                 norm.momentum = 1 / (k + 1)  # the plain average; None would mean that too, but not to InstanceNorm
