@@ -727,7 +727,7 @@ def test_gap_penalty_waits_for_a_first_step() -> None:
 def test_without_a_gap_gap_aware_is_its_base_bit_for_bit(momentum: float, wd: float) -> None:
     """One worker whose point is theta itself: P is exactly 1."""
     path = drive(GapAware(LR, momentum=momentum, weight_decay=wd), ALONE)[0]
-    assert torch.equal(path, walk(partial(asgd, mu=momentum, wd=wd), ALONE)[0])
+    assert torch.equal(path, drive(ASGD(LR, momentum=momentum, weight_decay=wd), ALONE)[0])
 
 
 def test_global_gap_penalty_is_one_number_for_the_model() -> None:
@@ -763,7 +763,7 @@ def test_without_a_gap_any_base_is_itself_bit_for_bit(base: Master, penalty: Cor
 def test_staleness_up_to_one_is_not_penalised(workers: int) -> None:
     """arXiv:1511.05950 eq. (6): alpha0 / tau for tau >= 1, alpha0 for tau = 0; two workers in turn have a lag of 1."""
     order = [t % workers for t in range(STEPS)]
-    assert torch.equal(drive(StalenessAware(LR), order)[0], walk(partial(asgd, mu=MU), order)[0])
+    assert torch.equal(drive(StalenessAware(LR), order)[0], drive(ASGD(LR, momentum=MU), order)[0])
 
 
 @given(tau=st.integers(0, 1000))

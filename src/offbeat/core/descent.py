@@ -23,6 +23,11 @@ def count(x: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=x.device)
 
 
+def axpy(a: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """``a x + y`` in one pass over the vectors [d]; ``a`` is a float, or 0-dim."""
+    return torch.addcmul(y, x, a) if isinstance(a, Tensor) else torch.add(y, x, alpha=a)
+
+
 @dataclass(frozen=True)
 class Rule(ABC):
     """``init(x)`` makes the state of a run that starts at ``x``; ``step`` moves state and parameters by one gradient.
@@ -91,9 +96,9 @@ class SGD(Rule):
     def step(self, state: SGDState, x: Tensor, g: Tensor) -> tuple[SGDState, Tensor]:
         lr = rate(self.lr, state.step)
         if self.weight_decay:
-            g = g + self.weight_decay * x
-        v = self.momentum * state.v + g
-        x = x - lr * (g + self.momentum * v if self.nesterov else v)
+            g = axpy(self.weight_decay, x, g)
+        v = axpy(self.momentum, state.v, g)
+        x = axpy(-lr, axpy(self.momentum, v, g) if self.nesterov else v, x)
         return SGDState(state.step + 1, state.rates + lr, v), x
 
 
@@ -130,8 +135,8 @@ class Adam(Rule):
 
     def step(self, state: AdamState, x: Tensor, g: Tensor) -> tuple[AdamState, Tensor]:
         lr = rate(self.lr, state.step)
-        state = self.moments(state, g + self.weight_decay * x if self.weight_decay else g)
-        return state._replace(rates=state.rates + lr), x - lr * self.direction(state)
+        state = self.moments(state, axpy(self.weight_decay, x, g) if self.weight_decay else g)
+        return state._replace(rates=state.rates + lr), axpy(-lr, self.direction(state), x)
 
     def restart(self, state: AdamState) -> AdamState:
         return super().restart(state)._replace(age=torch.zeros_like(state.age))  # type: ignore[no-any-return]
@@ -159,4 +164,6 @@ class AdamW(Adam):
     def step(self, state: AdamState, x: Tensor, g: Tensor) -> tuple[AdamState, Tensor]:
         lr = rate(self.lr, state.step)
         state = self.moments(state, g)
-        return state._replace(rates=state.rates + lr), x * (1 - lr * self.weight_decay) - lr * self.direction(state)
+        return state._replace(rates=state.rates + lr), axpy(
+            -lr, self.direction(state), x * (1 - lr * self.weight_decay)
+        )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.descent import axpy
 from ..core.master import Master, Number
 
 
@@ -34,8 +35,8 @@ class ASGD(Master):
         return torch.zeros_like(x) if self.momentum else ()  # v [d]
 
     def move(self, x: Tensor, shared: Any, mine: Any, d: Tensor, lr: Number) -> tuple[Tensor, Any, Any]:
-        v = self.momentum * shared + d if self.momentum else d
-        return x - lr * v, v if self.momentum else (), mine
+        v = axpy(self.momentum, shared, d) if self.momentum else d
+        return axpy(-lr, v, x), v if self.momentum else (), mine
 
     def velocity(self, shared: Any, mine: Any, g: Tensor) -> Tensor:
         return shared if self.momentum else g

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.descent import Adam, AdamState
+from ..core.descent import Adam, AdamState, axpy
 from ..core.master import Master, Number
 from ..core.schedule import Rate
 from ..core.values import require
@@ -50,7 +50,7 @@ class AsyncAdam(Master):
     def move(self, x: Tensor, shared: AdamState, mine: Any, d: Tensor, lr: Number) -> tuple[Tensor, AdamState, Any]:
         adam = self._adam()
         shared = adam.moments(shared, d)
-        return x - lr * adam.direction(shared), shared, mine
+        return axpy(-lr, adam.direction(shared), x), shared, mine
 
     def velocity(self, shared: AdamState, mine: Any, g: Tensor) -> Tensor:
         return self._adam().direction(shared)

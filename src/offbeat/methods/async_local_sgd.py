@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.descent import SGD, Rule, count
+from ..core.descent import SGD, Rule, axpy, count
 from ..core.method import ServerMethod
 from ..core.schedule import Rate, rate, require_rate
 from ..core.values import require, require_count, require_kind
@@ -115,7 +115,7 @@ class AsyncLocalSGD(ServerMethod, name="async-local-sgd"):
 
     def outer(self, s: OuterState, g: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The server's point, momentum and waiting sum after the pseudo-gradient ``g``. [d] each"""
-        return s.x - lr * g, s.m, s.sum
+        return axpy(-lr, g, s.x), s.m, s.sum
 
     def pace(self, s: OuterState, own: Pace) -> tuple[Tensor, Pace]:
         """The fastest worker's gradients after this visit, and the visitor's pace."""
@@ -158,7 +158,7 @@ class DelayedNesterov(AsyncLocalSGD):
         due = (s.visits + 1) % self.buffer == 0
         m = torch.where(due, self.outer_momentum * s.m + total / self.buffer, s.m)
         applied = self.outer_momentum * (self.c + due.to(s.visits.dtype) * (1 - self.c * self.buffer))
-        return s.x - lr * (applied * m + g / self.buffer), m, torch.where(due, 0.0, total)
+        return axpy(-lr, applied * m + g / self.buffer, s.x), m, torch.where(due, 0.0, total)
 
 
 @dataclass(frozen=True)
@@ -200,4 +200,4 @@ class FedBuff(AsyncLocalSGD, name="fedbuff"):
     def outer(self, s: OuterState, g: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = s.sum + g
         due = (s.visits + 1) % self.buffer == 0
-        return torch.where(due, s.x - lr * total / self.buffer, s.x), s.m, torch.where(due, 0.0, total)
+        return torch.where(due, axpy(-lr / self.buffer, total, s.x), s.x), s.m, torch.where(due, 0.0, total)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.descent import axpy
 from ..core.master import Correction, Master, MasterState, Number, Seat
 from ..core.schedule import rate
 from .dc_asgd import DelayCompensation
@@ -44,11 +45,11 @@ class DanaZero(Master):
         return shared - mine
 
     def move(self, x: Tensor, shared: Tensor, mine: Tensor, d: Tensor, lr: Number) -> tuple[Tensor, Tensor, Tensor]:
-        v = torch.add(d, mine, alpha=self.momentum)
-        return x - lr * v, shared + (v - mine), v
+        v = axpy(self.momentum, mine, d)
+        return axpy(-lr, v, x), shared + (v - mine), v
 
     def sends(self, x: Tensor, shared: Tensor, lr: Number) -> Tensor:
-        return x - lr * self.momentum * shared
+        return axpy(-lr * self.momentum, shared, x)
 
     def velocity(self, shared: Tensor, mine: Tensor, g: Tensor) -> Tensor:
         return mine
@@ -108,10 +109,10 @@ class DanaSlim(Master):
     def local(self, w: SlimWorker, g: Tensor) -> SlimWorker:  # type: ignore[override]
         lr = torch.zeros_like(w.last) + rate(self.lr, w.step)
         if self.weight_decay:
-            g = g + self.weight_decay * w.x
-        v = self.momentum * w.v + g
+            g = axpy(self.weight_decay, w.x, g)
+        v = axpy(self.momentum, w.v, g)
         then = torch.where(lr > 0, w.last / lr, 1.0)
-        return w._replace(v=v, last=lr, u=v + self.momentum * (v - then * w.v))
+        return w._replace(v=v, last=lr, u=axpy(self.momentum, v - then * w.v, v))
 
     def push(self, w: SlimWorker) -> Tensor:  # type: ignore[override]
         return w.u
@@ -132,4 +133,4 @@ class DanaSlim(Master):
         return sent, s.step
 
     def move(self, x: Tensor, shared: Any, mine: Any, d: Tensor, lr: Number) -> tuple[Tensor, Any, Any]:
-        return x - lr * d, shared, mine
+        return axpy(-lr, d, x), shared, mine

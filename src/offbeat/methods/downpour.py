@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.descent import count
+from ..core.descent import axpy, count
 from ..core.method import ServerMethod
 from ..core.schedule import Rate, rate, require_rate
 from ..core.values import require_count, require_nonnegative
@@ -63,7 +63,7 @@ class Downpour(ServerMethod):
 
     def local(self, w: Walker, g: Tensor) -> Walker:
         if self.weight_decay:
-            g = g + self.weight_decay * w.x
+            g = axpy(self.weight_decay, w.x, g)
         d = rate(self.lr, w.step) * g
         return Walker(w.x - d, w.a - d, w.step + 1)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.descent import count
+from ..core.descent import axpy, count
 from ..core.method import ServerMethod
 from ..core.schedule import Rate, rate, require_rate
 from ..core.values import require, require_count, require_nonnegative
@@ -70,8 +70,8 @@ class EASGD(ServerMethod):
 
     def local(self, w: Elastic, g: Tensor) -> Elastic:
         if self.weight_decay:
-            g = g + self.weight_decay * w.x
-        return Elastic(w.x - rate(self.lr, w.step) * g, w.v, w.x, w.step + 1)
+            g = axpy(self.weight_decay, w.x, g)
+        return Elastic(axpy(-rate(self.lr, w.step), g, w.x), w.v, w.x, w.step + 1)
 
     def push(self, w: Elastic) -> Tensor:
         return w.before
@@ -115,10 +115,10 @@ class EAMSGD(EASGD):
         require(self, "momentum", 0 <= self.momentum < 1, "must be in [0, 1)")
 
     def params(self, w: Elastic) -> Tensor:
-        return w.x + self.momentum * w.v
+        return axpy(self.momentum, w.v, w.x)
 
     def local(self, w: Elastic, g: Tensor) -> Elastic:
         if self.weight_decay:
-            g = g + self.weight_decay * self.params(w)
-        v = self.momentum * w.v - rate(self.lr, w.step) * g
+            g = axpy(self.weight_decay, self.params(w), g)
+        v = axpy(-rate(self.lr, w.step), g, self.momentum * w.v)
         return Elastic(w.x + v, v, w.x, w.step + 1)

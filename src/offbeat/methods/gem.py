@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.descent import count
+from ..core.descent import axpy, count
 from ..core.method import GradientServer
 from ..core.schedule import Rate, rate, require_rate
 from ..core.values import require, require_nonnegative
@@ -91,7 +91,7 @@ class GEM(GradientServer):
         """What the worker's gradient ``g`` [d] does at the present centre."""
         lr = rate(self.lr, s.step)
         if self.weight_decay:
-            g = g + self.weight_decay * s.x
+            g = axpy(self.weight_decay, s.x, g)
         d = -lr * g
         m = self.momentum * torch.where(own.lr > 0, lr / own.lr, 1.0) * own.m + d
         moved = (s.x - own.s).abs()

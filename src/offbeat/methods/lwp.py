@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.descent import axpy
 from ..core.master import Master, Number
 from ..core.values import require
 
@@ -54,12 +55,12 @@ class LWP(Master):
     def move(
         self, x: Tensor, shared: LWPState, mine: tuple[()], d: Tensor, lr: Number
     ) -> tuple[Tensor, LWPState, tuple[()]]:
-        v = self.momentum * shared.v + d
-        return x - lr * v, shared._replace(v=v), mine
+        v = axpy(self.momentum, shared.v, d)
+        return axpy(-lr, v, x), shared._replace(v=v), mine
 
     def sends(self, x: Tensor, shared: LWPState, lr: Number) -> Tensor:
         delay = shared.workers if self.delay is None else self.delay
-        return x - lr * delay * shared.v
+        return axpy(-lr * delay, shared.v, x)
 
     def velocity(self, shared: LWPState, mine: tuple[()], g: Tensor) -> Tensor:
         return shared.v

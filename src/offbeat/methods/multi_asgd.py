@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.descent import axpy
 from ..core.master import Master, Number
 
 
@@ -35,8 +36,8 @@ class MultiASGD(Master):
         return shared, torch.zeros_like(x)  # v_i [d]
 
     def move(self, x: Tensor, shared: Any, mine: Tensor, d: Tensor, lr: Number) -> tuple[Tensor, Any, Tensor]:
-        v = self.momentum * mine + d
-        return x - lr * v, shared, v
+        v = axpy(self.momentum, mine, d)
+        return axpy(-lr, v, x), shared, v
 
     def velocity(self, shared: Any, mine: Tensor, g: Tensor) -> Tensor:
         return mine

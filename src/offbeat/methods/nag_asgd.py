@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.descent import axpy
 from ..core.master import Master, Number
 
 
@@ -35,11 +36,11 @@ class NAGASGD(Master, name="nag-asgd"):
         return torch.zeros_like(x)  # v [d]
 
     def move(self, x: Tensor, shared: Tensor, mine: Any, d: Tensor, lr: Number) -> tuple[Tensor, Tensor, Any]:
-        v = self.momentum * shared + d
-        return x - lr * v, v, mine
+        v = axpy(self.momentum, shared, d)
+        return axpy(-lr, v, x), v, mine
 
     def sends(self, x: Tensor, shared: Tensor, lr: Number) -> Tensor:
-        return x - lr * self.momentum * shared
+        return axpy(-lr * self.momentum, shared, x)
 
     def velocity(self, shared: Tensor, mine: Any, g: Tensor) -> Tensor:
         return shared
