@@ -25,19 +25,23 @@ SAMPLE = 4096
 
 
 class Travel:
-    """How far parameters move in one update of the model: root of a running mean of squares, bias corrected."""
+    """How far parameters move in one update of the model: root of a running mean of squares.
 
-    decay = 0.99
+    In the mean an update weighs ``decay`` times what the next one does: here the next one's weight grows, as to let all
+    those before fade would be one more pass.
+    """
+
+    decay, heavy = 0.99, 1e6
 
     def __init__(self, x: Tensor) -> None:
         self.stride = _stride(x.numel())
         self.root = x.numel() ** 0.5
         self.last, self.sampled = x, x[:: self.stride]
-        self.least = torch.full_like(self.sampled, torch.finfo(x.dtype).tiny)  # so that 0 / 0 is 0
-        self.square = self.least.clone()
-        self.step = self.least.clone()  # memory for the last one
-        self.inverse = self.square.rsqrt()  # of its root
-        self.weight = 0.0
+        self.least = torch.finfo(x.dtype).tiny  # so that 0 / 0 is 0
+        self.squares = torch.full_like(self.sampled, self.least)  # weighted sum
+        self.step = torch.empty_like(self.squares)  # memory for the last one
+        self.inverse = self.squares.rsqrt()  # of its root
+        self.next, self.weights = 1.0, 0.0
 
     def gaps(self, x: Tensor, point: Tensor) -> tuple[float, float]:
         """The gap between the model ``x`` and ``point``: RMSE, and mean in units of each parameter's usual update."""
@@ -45,21 +49,25 @@ class Travel:
             return 0.0, 0.0
         difference = x - point
         rmse = float(torch.linalg.vector_norm(difference)) / self.root
-        if not self.weight or not rmse:
+        if not self.weights or not rmse:
             return rmse, 0.0
         sampled = difference if self.stride == 1 else difference[:: self.stride]
         total = float((sampled * self.inverse).abs_().sum())  # a dot product would wake a thread
-        return rmse, total / len(sampled) * self.weight**0.5
+        return rmse, total / len(sampled) * self.weights**0.5
 
     def moved(self, x: Tensor) -> None:
         """The model is now at ``x``."""
         if x is not self.last:
             sampled = x if self.stride == 1 else x[:: self.stride].clone()
             step = torch.sub(sampled, self.sampled, out=self.step)
-            self.square.lerp_(torch.addcmul(self.least, step, step, out=step), 1 - self.decay)
-            torch.rsqrt(self.square, out=self.inverse)
-            self.weight = self.decay * self.weight + 1 - self.decay
+            self.squares.addcmul_(step, step, value=self.next)
+            torch.rsqrt(self.squares, out=self.inverse)
+            self.weights += self.next
+            self.next /= self.decay
             self.last, self.sampled = x, sampled
+            if self.next > self.heavy:
+                self.squares.div_(self.next).clamp_(min=self.least)
+                self.weights, self.next = self.weights / self.next, 1.0
 
 
 def _stride(d: int) -> int:
