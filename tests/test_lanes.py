@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from offbeat.engines.lanes import Lanes
 from offbeat.engines.simulator import Simulation, together
 from offbeat.experiment import Grid, compare, rerun
 from offbeat.failure import Diverged
+from offbeat.tasks.tape import OFTEN, Function, Tapes
 
 METHODS = [
     ob.methods.DanaZero(lr=0.01),
@@ -164,6 +166,99 @@ def test_a_gradient_that_draws_late_is_noticed() -> None:
     grads, _ = base.grads(points)
     for point, g in zip(points, grads, strict=True):
         torch.testing.assert_close(g, base.grad(point.x, point.worker, 0)[0], rtol=1e-10, atol=1e-12)
+
+
+class Mixed(nn.Module):
+    """Constants, writes in place, results of which a part is left, batch statistics, and what is computed for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        self.layer = nn.Linear(96, 8)
+        self.register_buffer("mask", torch.arange(96.0) / 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x).flatten(1) * self.mask
+        y[:, ::2] *= torch.tensor(0.5)
+        best, _ = y.topk(3, 1)
+        first, second = torch.split(self.layer(y), 4, 1)
+        _ = second.exp().sum()
+        return first.relu() + best.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("net", [plain, Mixed])
+def test_what_is_played_back_is_what_was_recorded(net: Callable[[], nn.Module]) -> None:
+    """The very bits, at other points, for other minibatches, and for other numbers of lanes in between."""
+    played, called = problem(net), problem(net)
+    called._live.tapes = Never()
+    for call in range(OFTEN + 4):
+        for lanes in (3, 2):
+            points = [Point(played, played.x0() * (1 + call / 10 + w / 100), w, call) for w in range(lanes)]
+            for ours, theirs in zip(played.grads(points), called.grads(points), strict=True):
+                assert torch.equal(ours, theirs)
+                assert not ours.requires_grad
+    assert len(played._live.tapes.tapes) == 2
+
+
+class Never(Tapes):
+    def __call__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        return function(*inputs)
+
+
+def through_lists(x: Tensor) -> tuple[Tensor, ...]:
+    return (torch.tensor((x * 2).tolist()),)
+
+
+def picks(x: Tensor) -> tuple[Tensor, ...]:
+    return (x[x > 0].sum() + x,)
+
+
+def draws(x: Tensor) -> tuple[Tensor, ...]:
+    return (x + torch.randn_like(x),)
+
+
+def adds_up(x: Tensor) -> tuple[Tensor, ...]:
+    total = torch.tensor(0.0)
+    for part in x:
+        total += part
+    return total * x, total
+
+
+@pytest.mark.parametrize(("function", "plays"), [(through_lists, 0), (picks, 0), (draws, 0), (adds_up, 1)])
+def test_only_what_is_the_same_at_each_call_is_played_back(function: Function, plays: int) -> None:
+    tapes, calls = Tapes(), []
+
+    def watched(x: Tensor) -> tuple[Tensor, ...]:
+        calls.append(x)
+        return function(x)
+
+    for call in range(2 * OFTEN):
+        x = torch.arange(-2.0, 3.0) + call
+        state = torch.get_rng_state()
+        came = tapes(watched, x)
+        torch.set_rng_state(state)
+        assert all(map(torch.equal, came, function(x)))
+    assert len(tapes.tapes) == plays
+    assert len(calls) == (OFTEN + 2 if plays else 2 * OFTEN + 1)
+
+
+def test_a_tape_holds_no_more_than_is_needed() -> None:
+    """What is played is freed as soon as nothing needs it, and a recording holds nothing."""
+
+    def chain(x: Tensor) -> tuple[Tensor, ...]:
+        alive.clear()
+        for _ in range(5):
+            x = x.sin()
+            alive.append(weakref.ref(x))
+        return (x,)
+
+    alive: list[weakref.ref[Tensor]] = []
+    tapes = Tapes()
+    for _ in range(OFTEN + 1):
+        tapes(chain, torch.ones(3))
+    assert not any(ref() is not None for ref in alive)
+    (play,) = tapes.tapes.values()
+    assert play.__code__.co_nlocals == 6
 
 
 def test_a_reseeded_problem_is_the_problem_with_that_seed() -> None:

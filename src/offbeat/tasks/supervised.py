@@ -26,6 +26,7 @@ from ..core.seeds import derive
 from ..core.values import refuse, require
 from .data import Where
 from .flat import Flat
+from .tape import Tapes
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Dtype: TypeAlias = Literal["float32", "float64"]
@@ -152,7 +153,8 @@ class Supervised:
     def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
         """The gradients ``Tensor[n, d]`` and losses ``Tensor[n]`` at n points in one call: `grad` of each, to rounding.
 
-        The problems of ``points`` are kin of this one. Raises ``RuntimeError`` for a module that does what cannot be done
+        The problems of ``points`` are kin of this one. What the module does must be the same at each call, but for the values
+        of its tensors: after a few calls with as many points it is played back from a recording. Raises ``RuntimeError`` for a module that does what cannot be done
         for several at once, such as to branch on a value.
         """
         live = self._live
@@ -294,6 +296,7 @@ class _Live:
         self.buffers = _buffers(self.module)
         self.built = {name: b.clone() for name, b in self.module.named_buffers()}
         self.orders: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        self.tapes = Tapes()
 
     def guard(self, forward: ExitStack, seed: int) -> None:
         """Until ``forward`` closes, what is drawn follows from ``seed``."""
@@ -329,7 +332,7 @@ class _Live:
         if held != turn:
             order = self.order(_ORDER, seed, worker, turn)
             self.orders[seed, worker] = turn, order
-        return order[place * batch : (place + 1) * batch]
+        return order.narrow(0, place * batch, batch)
 
     def augmented(self, inputs: Tensor, seed: int, worker: int, step: int) -> Tensor:
         if self.problem.augment is None:
@@ -344,28 +347,33 @@ class _Live:
 
     def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
         """What `Supervised.grads` gives: the module's forward pass mapped over lanes, one backward pass for all."""
-        n = len(points)
         whose = [(p.problem.seed, p.worker, p.step) for p in points]  # type: ignore[attr-defined]
         with _Seeded(self.generators, derive(_DRAW, *whose[0])):
             before = [g.get_state() for g in self.generators]
             draws = _Draws(self.generators, [derive(_DRAW, *who) for who in whose]) if self.draws else None
             inputs, targets = self.minibatches(whose, draws)
             x = torch.stack([p.x for p in points]).detach()
-            parts = [
-                part.view(n, *p.shape).requires_grad_()
-                for part, p in zip(torch.split(x, self.sizes, 1), self.flat.parameters, strict=True)
-            ]
-            buffers = {name: b.expand(n, *b.shape).clone() for name, b in self.built.items()}
-            with draws or nullcontext():
-                tensors = dict(zip(self.named, parts, strict=True)) | buffers
-                losses = self._losses(tensors, inputs, targets)
-            each = torch.autograd.grad(losses.sum(), parts, materialize_grads=True)
-            grads = torch.empty_like(x)
-            for place, part in zip(torch.split(grads, self.sizes, 1), each, strict=True):
-                place.view(part.shape).copy_(part)
-            if draws is None and _drawn(self.generators, before):
-                self.draws = True  # the lanes have drawn from one stream: again, each from its own
-        return self.grads(points) if self.draws and draws is None else (grads, losses.detach())
+            if draws:
+                with draws:
+                    return self._gradients(x, inputs, targets)
+            grads, losses = self.tapes(self._gradients, x, inputs, targets)
+            self.draws = _drawn(self.generators, before)
+        return self.grads(points) if self.draws else (grads, losses)  # if they drew from one stream, each from its own
+
+    def _gradients(self, x: Tensor, inputs: Tensor, targets: Tensor) -> Pair:
+        """The gradient of each lane at its point, ``Tensor[n, d]`` both, and its loss, ``Tensor[n]``."""
+        n = len(x)
+        parts = [
+            part.view(n, *p.shape).requires_grad_()
+            for part, p in zip(torch.split(x, self.sizes, 1), self.flat.parameters, strict=True)
+        ]
+        buffers = {name: b.expand(n, *b.shape).clone() for name, b in self.built.items()}
+        losses = self._losses(dict(zip(self.named, parts, strict=True)) | buffers, inputs, targets)
+        each = torch.autograd.grad(losses.sum(), parts, materialize_grads=True)
+        grads = torch.empty_like(x)
+        for place, part in zip(torch.split(grads, self.sizes, 1), each, strict=True):
+            place.view(part.shape).copy_(part)
+        return grads, losses.detach()
 
     def minibatches(self, whose: Sequence[tuple[int, int, int]], draws: _Draws | None) -> Pair:
         """The minibatches of several, stacked."""

@@ -1,0 +1,154 @@
+"""What a function does to tensors, recorded operation by operation, and played back without autograd and without `vmap`.
+
+What a call of many small operations takes is mostly Python: of modules, of transforms, of autograd's bookkeeping. The
+operations that are left at the bottom are the same at each call with tensors of the same shapes, and so are their bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Function: TypeAlias = Callable[..., tuple[Tensor, ...]]
+
+aten = torch.ops.aten
+ALL = {aten.detach.default, aten.view.default, aten._unsafe_view.default, aten.expand.default}
+"""Views that are often of all of a tensor, as it is: nothing needs to be done for them."""
+UNFIT = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""What is not the same operation at each call."""
+OFTEN = 4
+"""How often a function has been called with tensors of some shapes when it is recorded: it costs as much as a few calls."""
+
+
+class Tapes:
+    """Recordings of one function, one for each shape that its arguments have had a few times.
+
+    It must be pure: nothing but the values of its arguments changes from call to call. Where it cannot be recorded, or gives
+    other bits at the next call than its recording, it is called as ever.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Counter[Any] = Counter()
+        self.tapes: dict[Any, Function] = {}
+
+    def __call__(self, function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What ``function(*inputs)`` is: new tensors, detached."""
+        kind = tuple((t.shape, t.dtype) for t in inputs)
+        self.calls[kind] += 1
+        if kind in self.tapes and self.calls[kind] > OFTEN + 1:
+            with torch.no_grad():
+                return self.tapes[kind](*inputs)
+        result = function(*inputs)
+        if self.calls[kind] == OFTEN:
+            self._record(kind, function, inputs)
+        elif kind in self.tapes and not _plays(self.tapes[kind], inputs, result):
+            del self.tapes[kind]
+        return result
+
+    def _record(self, kind: Any, function: Function, inputs: tuple[Tensor, ...]) -> None:
+        tape = _Tape(inputs)
+        try:
+            with tape:
+                result = function(*inputs)
+        except Exception:  # there are operations that no such mode can look at
+            return
+        if tape.fit:
+            self.tapes[kind] = tape.played(result)
+
+
+def _plays(tape: Function, inputs: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> bool:
+    """Whether the very bits of ``result`` are played."""
+    try:
+        with torch.no_grad():
+            return all(map(torch.equal, tape(*inputs), result))
+    except Exception:  # such as a view that what it is of has no longer the strides for
+        return False
+
+
+class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, operations are written down, as the lines of a Python function."""
+
+    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fit, self.count = True, 0
+        self.names = WeakTensorKeyDictionary()  # of the tensors that are alive
+        self.known: dict[str, Any] = {}  # what else the lines refer to
+        self.lines: list[_Line] = []
+        self.inputs = [self._new(t) for t in inputs]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.fit:
+            self.fit = not UNFIT & set(func.tags) and self._note(func, args, kwargs or {}, result)
+        return result
+
+    def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> bool:
+        """Write one line; whether that could be done."""
+        if func in ALL and isinstance(result, Tensor) and _layout(result) == _layout(args[0]):
+            self.names[result] = self._word(args[0], set())
+            return True
+        if func is aten.lift_fresh.default:  # a constant that the function makes, and may write to
+            func, args = aten.clone.default, (args[0].clone(),)
+        read: set[str] = set()
+        words = [self._word(a, read) for a in args] + [f"{k}={self._word(a, read)}" for k, a in kwargs.items()]
+        parts = [result] if isinstance(result, Tensor) else result
+        if not isinstance(parts, list | tuple) or not all(isinstance(t, Tensor | None) for t in parts):
+            return False
+        made = ["_" if t is None or t in self.names else self._new(t) for t in parts]
+        left = made[0] if isinstance(result, Tensor) else f"[{', '.join(made)}]"
+        call = f"{left} = {self._bind(func)}({', '.join(words)})"
+        self.lines.append(_Line(call, read, set(made) - {"_"}, func._schema.is_mutable))
+        return True
+
+    def _new(self, t: Tensor) -> str:
+        self.count += 1
+        self.names[t] = name = f"t{self.count}"
+        return name
+
+    def _bind(self, value: Any) -> str:
+        name = f"k{len(self.known)}"
+        self.known[name] = value
+        return name
+
+    def _word(self, value: Any, read: set[str]) -> str:
+        """How an argument is written; ``read`` gets the tensors in it."""
+        if isinstance(value, Tensor) and value in self.names:
+            name: str = self.names[value]
+            read.add(name)
+            return name
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(self._word(v, read) for v in value)}]"
+        return repr(value) if value is None or type(value) in (bool, int) else self._bind(value)
+
+    def played(self, result: tuple[Tensor, ...]) -> Function:
+        """The function that does the same."""
+        needed: set[str] = set()
+        answer = ", ".join(self._word(t, needed) for t in result)
+        text = [f"    return ({answer},)"]
+        for line in reversed(self.lines):
+            if line.writes or line.made & needed:
+                if last := (line.read | line.made) - needed - set(self.inputs):
+                    text.append(f"    del {', '.join(sorted(last))}")
+                text.append(f"    {line.call}")
+                needed |= line.read | line.made
+        head = f"def play({', '.join(self.inputs)}):"
+        exec("\n".join([head, *reversed(text)]), self.known)
+        play: Function = self.known.pop("play")
+        return play
+
+
+class _Line(NamedTuple):
+    call: str
+    read: set[str]
+    made: set[str]
+    writes: bool  # whether it changes what it reads
+
+
+def _layout(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.stride(), t.dtype
