@@ -133,7 +133,7 @@ class Lanes:
             self.threads = self.threads or Threads(self.abreast)
             return [self.threads.take(p) for p in points[: max(self.abreast, WAITING // points[0].x.nbytes)]]
         if self.most > 1:
-            return [*self._together(points[: self.most])]
+            return [*self._together(points[: self.most if len(points) >= self.most else _round(len(points))])]
         done, self.done = self.done, None
         return [done[1] if done and done[0] is points[0] else _alone(points[0])]
 
@@ -202,6 +202,11 @@ def _tried_abreast(problem: Batched, points: Sequence[Point], seconds: float, af
     finally:
         threads.close()
     return count if took < seconds * len(many) else 1
+
+
+def _round(n: int) -> int:
+    """``n`` or a little less, so that few different numbers of lanes are taken: each is recorded apart (tasks/tape.py)."""
+    return n - n % (1 << max(0, n.bit_length() - 3))
 
 
 def _timed(act: Callable[[], T]) -> tuple[T, float]:
