@@ -385,7 +385,7 @@ def test_odd_notes_do_not_hurt_a_good_message(serve: Serve) -> None:
     x = PROBLEM.x0()
     for step in range(300):
         g, loss = PROBLEM.grad(x, 0, step)
-        x = x - 0.1 * g
+        x = torch.add(x, g, alpha=-0.1)
         worker.exchange.push(
             g,
             1,

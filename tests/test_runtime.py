@@ -32,7 +32,7 @@ from offbeat.engines.replay import replay
 from offbeat.experiment import rerun
 from offbeat.runtime import snapshot
 from offbeat.runtime.host import Terms, Tickets
-from offbeat.runtime.link import GREETING, LinkLost, dial
+from offbeat.runtime.link import GREETING, LinkLost, dial, look_out
 from offbeat.runtime.message import Form
 from offbeat.runtime.place import Place
 from offbeat.runtime.server import RunServer
@@ -241,6 +241,14 @@ def test_a_method_that_needs_sums_over_the_model_has_one_server(serve: Serve) ->
     assert len(run.trace()) == 20
 
 
+def test_who_looks_out_does_so_until_it_is_there_and_only_for_a_moment() -> None:
+    looks: list[bool] = []
+    look_out(lambda: looks.append(True) or True)
+    assert len(looks) == 1
+    look_out(lambda: looks.append(False))
+    assert len(looks) > 1
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_model_may_be_cut_anywhere(serve: Serve, dtype: Any) -> None:
     """Parts that begin in the middle of a machine word travel as well as others."""
@@ -250,7 +258,7 @@ def test_a_model_may_be_cut_anywhere(serve: Serve, dtype: Any) -> None:
     finish(*running)
     x = problem.x0()
     for step in range(30):
-        x = x - 0.1 * problem.grad(x, 0, step)[0]
+        x = torch.add(x, problem.grad(x, 0, step)[0], alpha=-0.1)
     assert torch.equal(torch.cat([run.x() for run in running]), x)
 
 

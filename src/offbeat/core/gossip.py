@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .descent import axpy
 from .method import Descending, Message, RuleMethod
 from .topology import RandomPeer, Topology
 from .values import require_count, require_kind
@@ -89,7 +90,7 @@ class AveragingGossipMethod(RoundGossipMethod):
         total = own + sum(into[peer] for peer in inbox)  # below 1 where a neighbour has died in this round
         x = own / total * w.x
         for peer, theirs in inbox.items():
-            x = x + into[peer] / total * theirs
+            x = axpy(into[peer] / total, theirs, x)
         return w._replace(x=x)
 
 

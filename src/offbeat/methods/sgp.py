@@ -57,8 +57,9 @@ class SGP(RoundGossipMethod):
         return w._replace(x=w.x + (moved - z), rule=rule)
 
     def send(self, w: Mass, out: Mapping[int, float], keep: float) -> tuple[Mass, dict[int, Parcel]]:
-        parcels = {peer: (share * w.x, share * w.weight) for peer, share in out.items()}
-        return w._replace(x=keep * w.x, weight=keep * w.weight), parcels
+        parcels = {share: (share * w.x, share * w.weight) for share in {keep, *out.values()}}  # mostly one
+        x, weight = parcels[keep]
+        return w._replace(x=x, weight=weight), {peer: parcels[share] for peer, share in out.items()}
 
     def merge(self, w: Mass, inbox: Mapping[int, Parcel], into: Mapping[int, float], own: float) -> Mass:
         for parcel in inbox.values():

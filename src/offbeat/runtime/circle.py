@@ -6,11 +6,13 @@ where a process group takes a millisecond. A death closes sockets, and all see i
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
-from .link import Link, SharedLink
+from .link import Link, SharedLink, look_out
 from .message import Corrupt, Form, Header, Kind
 
 SMALL = 1 << 16
@@ -30,6 +32,7 @@ class Circle:
     def __init__(self, links: dict[int, Link], rank: int, head: Header) -> None:
         self.links, self.rank, self.size, self.head = links, rank, len(links) + 1, head._replace(kind=Kind.SHARE)
         self.turn = 0
+        self.forms: dict[tuple[int, torch.dtype], Form] = {}  # of the vectors that are swapped
 
     def sum(self, data: Tensor) -> None:
         """Put the sum of all members' ``data`` [d] into each one's: the same bits, as all add up in one order.
@@ -58,15 +61,22 @@ class Circle:
         self.turn += 1
         head = self.head._replace(version=self.turn)
         for rank, link in self.links.items():
-            link.send(head, Form(out[rank]).pack(out[rank]))
+            link.send(head, self._form(out[rank]).pack(out[rank]))
         came = {}
         for rank, link in self.links.items():
-            form = Form(like[rank])
+            form = self._form(like[rank])
+            look_out(partial(link.waiting, 0))
             frame = link.recv({Kind.SHARE: form.bytes}, "its part of an average", lent=True)
             if frame.header.version != self.turn:
                 raise Corrupt(f"{link.name} is at average {frame.header.version}, and this one at {self.turn}")
             came[rank] = form.unpack(frame.payload)
         return came
+
+    def _form(self, data: Tensor) -> Form:
+        key = len(data), data.dtype
+        if key not in self.forms:
+            self.forms[key] = Form.of(data)
+        return self.forms[key]
 
     def _add(self, mine: Tensor, others: dict[int, Tensor]) -> None:
         """Add up into ``mine``, in the order of ranks."""

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,12 +35,15 @@ from .message import CURE, NOTE, SIZE, Corrupt, Header, Kind, checksum
 GREETING = b"offbeat runtime 1\n"
 AT_ONCE = 4096
 """Bytes that are read from a socket at once where fewer are asked for: a header and its note come together."""
+LOOKOUT = 3e-4
+"""Seconds for which to look out for what must be about to come, before one sleeps: about what two wake-ups take."""
 NOTHING = torch.empty(0, dtype=torch.uint8)
 NO = bytes(32)
 """In the place of a proof: the token is not the run's. Said in full, for a server that dies meanwhile says nothing."""
 
 
 T = TypeVar("T", int, bytes)
+_give_way: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))
 
 
 class LinkLost(ConnectionError):
@@ -49,6 +53,16 @@ class LinkLost(ConnectionError):
 def view(data: Tensor) -> memoryview:
     """The memory of ``uint8 Tensor[n]``, to read and write while the tensor lives."""
     return memoryview((ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())).cast("B")
+
+
+def look_out(there: Callable[[], object]) -> None:
+    """Wait for a moment, without sleeping, until what must be about to come is ``there``: to be woken costs both ends more.
+
+    Whoever else wants this core gets it meanwhile.
+    """
+    end = time.perf_counter() + LOOKOUT
+    while not there() and time.perf_counter() < end:
+        _give_way()
 
 
 class Frame:
@@ -306,9 +320,9 @@ class SharedLink(Link):
     def seal(self, data: Tensor) -> int:
         """Some words, a page or more apart, the last word among them: nothing is carried that could be damaged, but what lies
         there might be another message."""
-        words = data.view(torch.int64)
+        words = view(data).cast("Q")
         apart = max(512, len(words) // 1024)
-        return int(words[(len(words) - 1) % apart :: apart].sum()) & ((1 << 64) - 1)
+        return sum(words[(len(words) - 1) % apart :: apart]) & ((1 << 64) - 1)
 
     def put(self, data: Tensor) -> None:
         pass  # it is there

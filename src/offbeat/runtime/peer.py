@@ -30,7 +30,7 @@ from ..core.tree import leaves, rebuild
 from ..failure import Diverged
 from ..trace import Trace
 from .circle import Circle, joint
-from .link import Frame, Link, LinkLost, accept, dial, listen, machine
+from .link import Frame, Link, LinkLost, accept, dial, listen, look_out, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .place import Place
 from .team import Team
@@ -650,7 +650,7 @@ class Peer(Driver):
         link: Link | None = None
         with contextlib.suppress(LinkLost, Corrupt, PermissionError):  # said, if it lasts, when it is sent again
             link = self._dial(to, about)
-            link.send(head, self.message.pack(msg), note)
+            link.send(head, self.message.pack(msg, link.room(self.message.bytes)), note)
             self.sent += self.message.bytes
         self.posted.append(Posted(head, to, about["life"], msg, note, link))
         return True
@@ -719,8 +719,9 @@ class Peer(Driver):
             life = about["life"]
             try:
                 link = self._dial(to, about)
-                link.send(head, (form or self.message).pack(msg), note)
-                self.sent += (form or self.message).bytes
+                form = form or self.message
+                link.send(head, form.pack(msg, link.room(form.bytes)), note)
+                self.sent += form.bytes
                 return link.recv(due, f"worker {to}'s answer")
             except (LinkLost, Corrupt, PermissionError) as error:  # who is gone may have left its port to a stranger
                 if time.monotonic() > late:
@@ -758,6 +759,7 @@ class Peer(Driver):
 
     def _receive(self, request: Recv) -> dict[int, Message]:
         """A message of the round from each source, but for those who will not send one any more."""
+        look_out(lambda: len(self.inbox) >= len(request.sources))
         while True:
             with self.changed:
                 here = [

@@ -147,7 +147,7 @@ class Replica:
         """
         if self._gone:
             raise RuntimeError("this replica has left its run: make a new one to go on")
-        g = self.flat.gradient() if self.worker.keeps else self.flat.gather()
+        g = self.flat.gradient() if self.worker.keeps and self.rule is None else self.flat.gather()
         scale = getattr(self, "grad_scale", None)
         if skip := float(getattr(self, "found_inf", 0.0)) > 0:
             g.zero_()

@@ -78,9 +78,10 @@ class Flat:
         return torch.cat(parts)
 
     def put_gradient(self, g: Tensor) -> None:
-        """Make ``g`` [d] the gradients of the parameters."""
-        self.gather()
-        self.grad.copy_(g)
+        """Make ``g`` [d] the gradients of the parameters; it may be what `gather` gave."""
+        if g is not self.grad:
+            self.gather()
+            self.grad.copy_(g)
 
     def collect_in(self, grad: Tensor) -> None:
         """Make ``grad`` [d] the vector of the gradients, which it then holds."""
