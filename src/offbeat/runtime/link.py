@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +42,6 @@ NO = bytes(32)
 
 
 T = TypeVar("T", int, bytes)
-_give_way: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))
 
 
 class LinkLost(ConnectionError):
@@ -63,6 +61,14 @@ def look_out(there: Callable[[], object]) -> None:
     end = time.perf_counter() + LOOKOUT
     while not there() and time.perf_counter() < end:
         _give_way()
+
+
+def _give_way() -> None:
+    if hasattr(os, "sched_yield"):
+        os.sched_yield()
+        select.select((), (), (), 0)  # gives up the interpreter's lock, as the line above does from Python 3.12 on
+    else:
+        time.sleep(0)
 
 
 class Frame:
