@@ -47,7 +47,9 @@ def test_peers_killed_twenty_times_at_random_moments(kind: str, processes: Proce
     assert 5 < len(crashes) <= 20  # others had not joined yet
     assert trace.column("waited").max() < 2 * time_out
     calm = [  # of all, and of one alone, who may have to end the run while the launcher makes the others wait
-        ob.simulate(method, ob.tasks.Quadratic(seed=seed), ob.Cluster(n), gradients=gradients).figures
+        ob.simulate(
+            method, ob.tasks.Quadratic(seed=seed), ob.Cluster(n, ob.Gamma(cv=0.3)), gradients=gradients, seed=seed
+        ).figures
         for n in (1, workers)
         for seed in range(20)  # the noise at the end is of few numbers, and who is killed draws others
     ]

@@ -154,8 +154,8 @@ class Supervised:
         """The gradients ``Tensor[n, d]`` and losses ``Tensor[n]`` at n points in one call: `grad` of each, to rounding.
 
         The problems of ``points`` are kin of this one. What the module does must be the same at each call, but for the values
-        of its tensors: after a few calls with as many points it is played back from a recording. Raises ``RuntimeError`` for a module that does what cannot be done
-        for several at once, such as to branch on a value.
+        of its tensors: after a few calls with as many points it is played back from a recording. Raises ``RuntimeError`` for a
+        module that does what cannot be done for several at once, such as to branch on a value.
         """
         live = self._live
         with _ALONE, torch.enable_grad():
