@@ -29,7 +29,7 @@ from offbeat.report import page
 from offbeat.trace import Evaluation
 
 WORKERS, SLOW = 4, 4.0
-LR, MOMENTUM = 0.05, 0.9
+LR, MOMENTUM = 0.02, 0.9
 OURS, THEIRS = "dana-zero", "DistributedDataParallel"
 
 

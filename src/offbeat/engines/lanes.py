@@ -24,8 +24,9 @@ from ..core.problem import Batched, Point, Problem
 
 GAIN = 1.1
 """How many times faster lanes must be to be taken."""
-TRIAL, TIMES = 1 / 50, 3
-"""The part of a run that finding out may take, and its least in seconds; and how often lanes are tried."""
+TRIAL, TIMES, WARM = 1 / 40, 3, 6
+"""The part of a run that finding out may take, and its least in seconds; how often lanes are tried; how often a gradient is
+taken until it takes no less time."""
 WAITING = 1 << 30
 """Bytes of gradients taken abreast that may wait until their time comes."""
 T = TypeVar("T")
@@ -183,22 +184,24 @@ def _tried_abreast(problem: Batched, points: Sequence[Point], seconds: float, af
     """How many threads to use, where a gradient takes so many seconds by itself, and that many may be taken to find out."""
     count = min(torch.get_num_threads(), len(points))
     many = [*points, *points, *points, *points][: 4 * count]  # as one thread waits for another now and then
-    if count < 2 or 2 * len(many) + 2 > affordable:
+    if count < 2 or 2 * len(many) + WARM + 2 > affordable:
         return 1
-    seconds = min(seconds, _timed(lambda: _alone(points[0]))[1])  # the first gets warm
+    seconds = min(seconds, *(_timed(lambda: _alone(points[0]))[1] for _ in range(WARM)))
     state = torch.get_rng_state()
     try:
         copy = problem.apart()
     except ValueError:
         return 1
-    _alone(points[0]._replace(problem=copy))
+    for _ in range(2):  # the first is guarded
+        _alone(points[0]._replace(problem=copy))
     if not torch.equal(torch.get_rng_state(), state):
         torch.set_rng_state(state)
         return 1  # it draws where nothing guards it
     threads = Threads(count)
     try:
-        for _ in range(2):  # as here
-            took = _timed(lambda: [each.result() for each in [threads.take(point) for point in many]])[1]
+        took = min(
+            _timed(lambda: [each.result() for each in [threads.take(point) for point in many]])[1] for _ in range(2)
+        )
     finally:
         threads.close()
     return count if took < seconds * len(many) else 1

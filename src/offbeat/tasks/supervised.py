@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -39,6 +39,8 @@ HELD = 2 << 30
 """Bytes up to which a data set is kept in memory as tensors."""
 ROOM = 1 << 30
 """Bytes that gradients taken in one call may need."""
+ALIGNED = 64
+"""Bytes at a multiple of which the parameters begin that a gradient is taken at."""
 IGNORED = -100
 """The target that ``cross_entropy`` leaves out of its mean."""
 NOTHING = torch.empty(0, dtype=torch.int32)
@@ -140,15 +142,9 @@ class Supervised:
 
         ``x`` is ``Tensor[d]`` and is not changed; both results are new and detached. ``step`` counts from 0.
         """
-        live, seed = self._live, derive(_DRAW, self.seed, worker, step)
-        with live.alone, torch.enable_grad(), ExitStack() as forward:
-            live.guard(forward, seed)
-            live.load(x)
-            inputs, targets = live.minibatch(self.seed, worker, step)
-            loss = self.loss(live.module(inputs), targets)
-            live.turn(forward)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return live.flat.take_gradient(), loss.detach()
+        live = self._live
+        with live.alone, torch.enable_grad():
+            return live.grad(x, self.seed, worker, step)
 
     def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
         """The gradients ``Tensor[n, d]`` and losses ``Tensor[n]`` at n points in one call: `grad` of each, to rounding.
@@ -173,8 +169,9 @@ class Supervised:
             held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
-        with _ALONE, saved_tensors_hooks(weigh, lambda t: t):
-            self.grad(point.x, point.worker, point.step)
+        draw = _Seeded(live.generators, derive(_DRAW, self.seed, point.worker, point.step))
+        with _ALONE, torch.enable_grad(), draw, saved_tensors_hooks(weigh, lambda t: t):
+            live.gradient(point.x, *live.minibatch(self.seed, point.worker, point.step))
         data = live.flat.data
         return max(1, ROOM // (sum(held.values()) + 4 * data.numel() * data.element_size()))
 
@@ -296,14 +293,7 @@ class _Live:
         self.buffers = _buffers(self.module)
         self.built = {name: b.clone() for name, b in self.module.named_buffers()}
         self.orders: dict[tuple[int, int], tuple[int, Tensor]] = {}
-        self.tapes = Tapes()
-
-    def guard(self, forward: ExitStack, seed: int) -> None:
-        """Until ``forward`` closes, what is drawn follows from ``seed``."""
-        forward.enter_context(_Seeded(self.generators, seed))
-
-    def turn(self, forward: ExitStack) -> None:
-        """The forward pass is done, and the backward pass begins."""
+        self.tape, self.tapes = Tapes(self.generators), Tapes()  # of a gradient, and of gradients in lanes
 
     def constant(self, module: nn.Module) -> bool:
         """Whether ``module`` differs from ours in nothing but its trainable parameters."""
@@ -344,6 +334,34 @@ class _Live:
         """A permutation of the training set; drawn on the CPU, so that a GPU sees the same."""
         generator = Generator().manual_seed(derive(*seed))
         return torch.randperm(len(self.train), generator=generator, dtype=torch.int32).to(self.device)
+
+    def grad(self, x: Tensor, seed: int, worker: int, step: int) -> Pair:
+        """What `Supervised.grad` gives."""
+        with _Seeded(self.generators, derive(_DRAW, seed, worker, step)):
+            return self.taken(x, *self.minibatch(seed, worker, step))
+
+    def taken(self, x: Tensor, inputs: Tensor, targets: Tensor, stream: Generator | None = None) -> Pair:
+        """`gradient`, which is played where it can be; what it then draws comes from ``stream``."""
+        if x.data_ptr() % ALIGNED:
+            x = x.clone()  # elsewhere a product may be added up in another order
+        return self.tape(self.gradient, x, inputs, targets, form=self.pure, generator=stream)  # type: ignore[return-value]
+
+    def gradient(self, x: Tensor, inputs: Tensor, targets: Tensor) -> Pair:
+        """The gradient at ``x``, ``Tensor[d]``, and the loss, ``Tensor[]``."""
+        self.load(x)
+        self.module.zero_grad()  # left by a call that failed
+        loss = self.problem.loss(self.module(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return self.flat.take_gradient(), loss.detach()
+
+    def pure(self, x: Tensor, inputs: Tensor, targets: Tensor) -> Pair:
+        """`gradient`, but the module's own parameters and buffers are neither read nor written."""
+        named = zip(self.named, torch.split(x.detach(), self.sizes), self.flat.parameters, strict=True)
+        tensors = {name: part.view(p.shape).requires_grad_() for name, part, p in named}
+        buffers = {name: b.clone() for name, b in self.built.items()}
+        loss = self.problem.loss(functional_call(self.module, tensors | buffers, (inputs,)), targets)
+        each = torch.autograd.grad(loss, list(tensors.values()), materialize_grads=True)
+        return torch.cat([g.reshape(-1) for g in each]), loss.detach()
 
     def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
         """What `Supervised.grads` gives: the module's forward pass mapped over lanes, one backward pass for all."""
@@ -420,9 +438,9 @@ class _Live:
 
 
 class _Apart(_Live):
-    """What another one is, with a module and a lock of its own.
+    """What another one is, with a module and a lock of its own; recordings are of both.
 
-    What a forward pass draws is guarded by the lock of all; the backward pass goes on beside those of others.
+    What draws is done under the lock of all, until it is played: then it draws from a stream of its own.
     """
 
     def __init__(self, live: _Live) -> None:
@@ -431,20 +449,21 @@ class _Apart(_Live):
         self.module = deepcopy(live.module)
         self.flat = Flat(self.module)
         self.buffers = _buffers(self.module)
-        self.alone, self.own = threading.RLock(), Generator(self.device)
-        self.draws = self.first = True  # whether a forward pass draws is seen at the first one
+        self.alone, self.own, self.stream = threading.RLock(), Generator(self.device), Generator(self.device)
+        self.draws = True  # whether it does is seen at the first call
 
-    def guard(self, forward: ExitStack, seed: int) -> None:
-        if self.draws:
-            forward.enter_context(_ALONE)
-            super().guard(forward, seed)
-            self.before = [g.get_state() for g in self.generators]
-
-    def turn(self, forward: ExitStack) -> None:
-        if self.draws and self.first:
-            self.draws = _drawn(self.generators, self.before)
-            self.first = False
-        forward.close()
+    def grad(self, x: Tensor, seed: int, worker: int, step: int) -> Pair:
+        if not self.draws:
+            return self.taken(x, *self.minibatch(seed, worker, step))
+        with _ALONE, _Seeded(self.generators, derive(_DRAW, seed, worker, step)):
+            before = [g.get_state() for g in self.generators]
+            minibatch = self.minibatch(seed, worker, step)
+            if not self.tape.plays(x, *minibatch):
+                result = self.taken(x, *minibatch)
+                self.draws = _drawn(self.generators, before)
+                return result
+            self.stream.set_state(torch.get_rng_state())
+        return self.taken(x, *minibatch, self.stream)
 
 
 def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:

@@ -11,43 +11,61 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Function: TypeAlias = Callable[..., tuple[Tensor, ...]]
+Play: TypeAlias = Callable[..., tuple[Tensor, ...]]
+"""``play(generator, *inputs)``."""
 
 aten = torch.ops.aten
 ALL = {aten.detach.default, aten.view.default, aten._unsafe_view.default, aten.expand.default}
 """Views that are often of all of a tensor, as it is: nothing needs to be done for them."""
-UNFIT = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+CALM = {aten._scaled_dot_product_flash_attention_for_cpu.default}
+"""What is said to draw, and does not."""
+UNFIT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """What is not the same operation at each call."""
-OFTEN = 4
-"""How often a function has been called with tensors of some shapes when it is recorded: it costs as much as a few calls."""
+OFTEN, MOST = 4, 32
+"""How often a function has been called with tensors of some shapes when it is recorded: it costs as much as a few calls.
+And for how many shapes that is done."""
 
 
 class Tapes:
     """Recordings of one function, one for each shape that its arguments have had a few times.
 
-    It must be pure: nothing but the values of its arguments changes from call to call. Where it cannot be recorded, or gives
-    other bits at the next call than its recording, it is called as ever.
+    It must be pure: nothing but the values of its arguments, and what is drawn from ``generators``, changes from call to
+    call. Where it cannot be recorded, or gives other bits at the next call than its recording, it is called as ever.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, generators: tuple[Generator, ...] = ()) -> None:
+        self.generators = generators
         self.calls: Counter[Any] = Counter()
-        self.tapes: dict[Any, Function] = {}
+        self.tapes: dict[Any, Play] = {}
 
-    def __call__(self, function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What ``function(*inputs)`` is: new tensors, detached."""
-        kind = tuple((t.shape, t.dtype) for t in inputs)
+    def plays(self, *inputs: Tensor) -> bool:
+        """Whether the next call with such ``inputs`` is played."""
+        kind = _kind(inputs)
+        return kind in self.tapes and self.calls[kind] > OFTEN
+
+    def __call__(
+        self, function: Function, *inputs: Tensor, form: Function | None = None, generator: Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        """What ``function(*inputs)`` is: new tensors, detached.
+
+        ``form`` is recorded in its place, where a function has a form that can be. What is played draws from ``generator``;
+        None: from torch's own, as the function does.
+        """
+        kind = _kind(inputs)
         self.calls[kind] += 1
         if kind in self.tapes and self.calls[kind] > OFTEN + 1:
             with torch.no_grad():
-                return self.tapes[kind](*inputs)
+                return self.tapes[kind](generator, *inputs)
+        states = [g.get_state() for g in self.generators]
         result = function(*inputs)
-        if self.calls[kind] == OFTEN:
-            self._record(kind, function, inputs)
-        elif kind in self.tapes and not _plays(self.tapes[kind], inputs, result):
+        if self.calls[kind] == OFTEN and len(self.tapes) < MOST:
+            self._record(kind, form or function, inputs)
+        elif kind in self.tapes and not self._same(self.tapes[kind], states, inputs, result):
             del self.tapes[kind]
         return result
 
@@ -61,14 +79,20 @@ class Tapes:
         if tape.fit:
             self.tapes[kind] = tape.played(result)
 
+    def _same(self, play: Play, states: list[Tensor], inputs: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> bool:
+        """Whether the very bits of ``result`` are played from the same random numbers."""
+        for g, state in zip(self.generators, states, strict=True):
+            if not torch.equal(g.get_state(), state):
+                g.set_state(state)
+        try:
+            with torch.no_grad():
+                return all(map(torch.equal, play(None, *inputs), result))
+        except Exception:  # such as a view that what it is of has no longer the strides for
+            return False
 
-def _plays(tape: Function, inputs: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> bool:
-    """Whether the very bits of ``result`` are played."""
-    try:
-        with torch.no_grad():
-            return all(map(torch.equal, tape(*inputs), result))
-    except Exception:  # such as a view that what it is of has no longer the strides for
-        return False
+
+def _kind(inputs: tuple[Tensor, ...]) -> Any:
+    return tuple(map(_layout, inputs))
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -97,6 +121,11 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             func, args = aten.clone.default, (args[0].clone(),)
         read: set[str] = set()
         words = [self._word(a, read) for a in args] + [f"{k}={self._word(a, read)}" for k, a in kwargs.items()]
+        if torch.Tag.nondeterministic_seeded in func.tags and func not in CALM:
+            func = _seeded(func)
+            if func is None or kwargs.get("generator"):
+                return False
+            words = [word for word in words if not word.startswith("generator=")] + ["generator=generator"]
         parts = [result] if isinstance(result, Tensor) else result
         if not isinstance(parts, list | tuple) or not all(isinstance(t, Tensor | None) for t in parts):
             return False
@@ -126,7 +155,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return f"[{', '.join(self._word(v, read) for v in value)}]"
         return repr(value) if value is None or type(value) in (bool, int) else self._bind(value)
 
-    def played(self, result: tuple[Tensor, ...]) -> Function:
+    def played(self, result: tuple[Tensor, ...]) -> Play:
         """The function that does the same."""
         needed: set[str] = set()
         answer = ", ".join(self._word(t, needed) for t in result)
@@ -137,10 +166,18 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     text.append(f"    del {', '.join(sorted(last))}")
                 text.append(f"    {line.call}")
                 needed |= line.read | line.made
-        head = f"def play({', '.join(self.inputs)}):"
+        head = f"def play({', '.join(['generator', *self.inputs])}):"
         exec("\n".join([head, *reversed(text)]), self.known)
-        play: Function = self.known.pop("play")
+        play: Play = self.known.pop("play")
         return play
+
+
+def _seeded(func: Any) -> Any:
+    """The form of ``func``, which draws, that takes a generator; None if it has none."""
+    if any(a.name == "generator" for a in func._schema.arguments):
+        return func
+    name = func._overloadname
+    return getattr(func.overloadpacket, "generator" if name == "default" else f"{name}_generator", None)
 
 
 class _Line(NamedTuple):
