@@ -489,28 +489,39 @@ class Later(nn.Module):
         self.calls += 1
         return self.layer(x) + (torch.rand(()) if self.calls > 1 else 0.0)
 
+    def __deepcopy__(self, memo: object) -> Later:
+        return Later()
 
-def test_what_draws_where_nothing_guards_it_is_not_taken_abreast() -> None:
+
+def test_what_draws_where_nothing_guards_it_is_not_taken_abreast(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="pass abreast=1"):
         ob.simulate(ob.methods.ASGD(lr=0.01), problem(Later), ob.Cluster(4), gradients=20, abreast=2)
     assert torch.get_num_threads() == threads
-    later = problem(Later)
-    point = Point(later, later.x0(), 0, 0)
-    later._live.module.calls = -1  # type: ignore[assignment]  # one call of its own, then two of a copy
-    state = torch.get_rng_state()
-    assert lanes_module._tried_abreast(later, [point] * 4, 1.0, 100) == 1
+    took = itertools.count(9.0, -1.0)  # the later, the faster
+    monkeypatch.setattr(lanes_module, "_timed", lambda act: (act(), next(took)))
+    later, state = problem(Later), torch.get_rng_state()
+    torch.set_num_threads(2)
+    try:
+        assert lanes_module._tried_abreast(later, [Point(later, later.x0(), 0, 0)] * 4, 100) == 1
+    finally:
+        torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("seconds", "abreast"), [(1e9, 2), (0.0, 1)], ids=["slower", "faster"])
-def test_gradients_are_taken_abreast_where_one_by_one_is_measured_to_be(seconds: float, abreast: int) -> None:
+@pytest.mark.parametrize(("seconds", "abreast"), [((3.0, 4.0, 2.0), 2), ((3.0, 4.0, 5.0), 1)], ids=["slower", "faster"])
+def test_gradients_are_taken_abreast_where_one_by_one_is_measured_to_be(
+    seconds: tuple[float, ...], abreast: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one, and in two rounds abreast."""
+    took = itertools.cycle(seconds)
+    monkeypatch.setattr(lanes_module, "_timed", lambda act: (act(), next(took)))
     base, before = problem(convolutional), torch.get_num_threads()
     points = [Point(base, base.x0(), worker, 0) for worker in range(4)]
     torch.set_num_threads(2)
     try:
-        assert lanes_module._tried_abreast(base, points, seconds, 24) == abreast
-        assert lanes_module._tried_abreast(base, points, seconds, 23) == 1, "too dear to try"
+        assert lanes_module._tried_abreast(base, points, 25) == abreast
+        assert lanes_module._tried_abreast(base, points, 24) == 1, "too dear to try"
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -28,10 +28,10 @@ class Travel:
     """How far parameters move in one update of the model: root of a running mean of squares.
 
     In the mean an update weighs ``decay`` times what the next one does: here the next one's weight grows, as to let all
-    those before fade would be one more pass.
+    those before fade would be one more pass. The root is taken anew once 5 % of all weights are new.
     """
 
-    decay, heavy = 0.99, 1e6
+    decay, heavy, news = 0.99, 1e6, 1.05
 
     def __init__(self, x: Tensor) -> None:
         self.stride = _stride(x.numel())
@@ -39,21 +39,22 @@ class Travel:
         self.last, self.sampled = x, x[:: self.stride]
         self.least = torch.finfo(x.dtype).tiny  # so that 0 / 0 is 0
         self.squares = torch.full_like(self.sampled, self.least)  # weighted sum
-        self.step = torch.empty_like(self.squares)  # memory for the last one
+        self.difference, self.step = torch.empty_like(x), torch.empty_like(self.squares)  # memory for the last ones
         self.inverse = self.squares.rsqrt()  # of its root
         self.next, self.weights = 1.0, 0.0
+        self.scale, self.due = 0.0, 0.0  # root of the weights that the inverse is of; at which it is taken anew
 
     def gaps(self, x: Tensor, point: Tensor) -> tuple[float, float]:
         """The gap between the model ``x`` and ``point``: RMSE, and mean in units of each parameter's usual update."""
         if x is point:
             return 0.0, 0.0
-        difference = x - point
+        difference = torch.sub(x, point, out=self.difference)
         rmse = float(torch.linalg.vector_norm(difference)) / self.root
         if not self.weights or not rmse:
             return rmse, 0.0
         sampled = difference if self.stride == 1 else difference[:: self.stride]
         total = float((sampled * self.inverse).abs_().sum())  # a dot product would wake a thread
-        return rmse, total / len(sampled) * self.weights**0.5
+        return rmse, total / len(sampled) * self.scale
 
     def moved(self, x: Tensor) -> None:
         """The model is now at ``x``."""
@@ -61,13 +62,15 @@ class Travel:
             sampled = x if self.stride == 1 else x[:: self.stride].clone()
             step = torch.sub(sampled, self.sampled, out=self.step)
             self.squares.addcmul_(step, step, value=self.next)
-            torch.rsqrt(self.squares, out=self.inverse)
             self.weights += self.next
+            if self.weights > self.due:
+                torch.rsqrt(self.squares, out=self.inverse)
+                self.scale, self.due = self.weights**0.5, self.weights * self.news
             self.next /= self.decay
             self.last, self.sampled = x, sampled
             if self.next > self.heavy:
                 self.squares.div_(self.next).clamp_(min=self.least)
-                self.weights, self.next = self.weights / self.next, 1.0
+                self.weights, self.due, self.next = self.weights / self.next, self.due / self.next, 1.0
 
 
 def _stride(d: int) -> int:

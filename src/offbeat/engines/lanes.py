@@ -24,7 +24,7 @@ from ..core.problem import Batched, Point, Problem
 
 GAIN = 1.1
 """How many times faster lanes must be to be taken."""
-TRIAL, TIMES, WARM = 1 / 40, 3, 6
+TRIAL, TIMES, WARM = 1 / 40, 3, 5
 """The part of a run that finding out may take, and its least in seconds; how often lanes are tried; how often a gradient is
 taken until it takes no less time."""
 WAITING = 1 << 30
@@ -138,6 +138,10 @@ class Lanes:
         done, self.done = self.done, None
         return [done[1] if done and done[0] is points[0] else _alone(points[0])]
 
+    def start(self, point: Point, flying: int) -> Future[Taken] | None:
+        """Begin with the gradient at ``point`` where that is done abreast and there is room for so many."""
+        return self.threads.take(point) if self.threads and flying * point.x.nbytes <= WAITING else None
+
     def close(self) -> None:
         """Take no more. Raises what `Threads.close` raises, once."""
         threads, self.threads = self.threads, None
@@ -177,16 +181,18 @@ class Lanes:
             seconds = min(seconds, _timed(lambda: _alone(points[0]))[1])
             if _timed(lambda: self._together(points[:lanes]))[1] / lanes * GAIN < seconds:
                 return room, 1
-        return 1, _tried_abreast(problem, points, seconds, affordable)
+        return 1, _tried_abreast(problem, points, affordable)
 
 
-def _tried_abreast(problem: Batched, points: Sequence[Point], seconds: float, affordable: int) -> int:
-    """How many threads to use, where a gradient takes so many seconds by itself, and that many may be taken to find out."""
+def _tried_abreast(problem: Batched, points: Sequence[Point], affordable: int) -> int:
+    """How many threads to use, where so many gradients may be taken to find out."""
     count = min(torch.get_num_threads(), len(points))
-    many = [*points, *points, *points, *points][: 4 * count]  # as one thread waits for another now and then
-    if count < 2 or 2 * len(many) + WARM + 2 > affordable:
+    many = [*points, *points, *points][: 3 * count]  # as one thread waits for another now and then
+    if count < 2 or WARM + 3 * len(many) + 2 > affordable:
         return 1
-    seconds = min(seconds, *(_timed(lambda: _alone(points[0]))[1] for _ in range(WARM)))
+    for _ in range(WARM):
+        _alone(points[0])
+    alone = _timed(lambda: [_alone(point) for point in many])[1]
     state = torch.get_rng_state()
     try:
         copy = problem.apart()
@@ -199,12 +205,10 @@ def _tried_abreast(problem: Batched, points: Sequence[Point], seconds: float, af
         return 1  # it draws where nothing guards it
     threads = Threads(count)
     try:
-        took = min(
-            _timed(lambda: [each.result() for each in [threads.take(point) for point in many]])[1] for _ in range(2)
-        )
+        rounds = [_timed(lambda: [f.result() for f in [threads.take(point) for point in many]])[1] for _ in range(2)]
     finally:
         threads.close()
-    return count if took < seconds * len(many) else 1
+    return count if min(rounds) < alone else 1
 
 
 def _round(n: int) -> int:

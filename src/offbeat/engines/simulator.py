@@ -189,6 +189,7 @@ def _side_by_side(simulations: list[Simulation]) -> dict[Simulation, Run | Failu
     wants: dict[Simulation, list[_Worker]] = {}
 
     def go(simulation: Simulation) -> None:
+        simulation.start = lanes.start if lanes.threads else None
         try:
             wants[simulation] = simulation.proceed(alone=lanes.single)
             if wants[simulation]:
@@ -280,6 +281,9 @@ class Simulation:
         meets = isinstance(self.method, ServerMethod) and self.method.period == 1 and not self.method.late
         self.finishing = self._rounds if quiet and meets and self.method is not method else self._finish  # bound once
         self.wanting: _Worker | None = None  # a gradient, before anything else can happen
+        self.start: Callable[[Point, int], Future[Taken] | None] | None = (
+            None  # begins with a gradient before it is wanted
+        )
         self.trace = Trace(
             {
                 "engine": "simulator",
@@ -549,6 +553,8 @@ class Simulation:
                     return
             worker.flying = True
             worker.due = now + worker.compute
+            if self.start:
+                worker.ahead = self.start(Point(self.problem, worker.x, who, worker.steps - 1), len(self.workers))
             self.clock.at(worker.due, 2, self.finishing, worker)  # after all that it may see
 
     def _resume(self, worker: _Worker, answer: Any, sent: float | None = None) -> None:

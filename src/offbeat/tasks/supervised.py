@@ -31,7 +31,7 @@ from .tape import Tapes
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Dtype: TypeAlias = Literal["float32", "float64"]
 
-CHUNK = 1000
+CHUNK = 250
 """Examples per forward pass of an evaluation, where the problem does not say."""
 STATISTICS = 20
 """Training batches from which an evaluation recomputes the statistics of batch normalisation."""
@@ -113,7 +113,7 @@ class Supervised:
     module in evaluation mode at ``x``. For figures that are no mean over examples, such as perplexity or BLEU.
     Called without gradients. None: the means themselves."""
     chunk: int | None = None
-    """Examples per forward pass of an evaluation, at least 1; None: 1,000. Take fewer where they need much memory."""
+    """Examples per forward pass of an evaluation, at least 1; None: 250. Take fewer where they need much memory."""
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module):
