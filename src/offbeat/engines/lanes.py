@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import is_dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from threading import Barrier
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -42,6 +44,10 @@ class Taken(NamedTuple):
     wrong: str = ""  # what is wrong with it, if anything is
 
 
+Coming: TypeAlias = Callable[[], Taken]
+"""Waits for a gradient that a thread takes."""
+
+
 def _looked_at(g: Tensor, loss: float, size: float) -> Taken:
     """A gradient of this length (or its square), which tells fast whether all of it is finite."""
     finite = math.isfinite(loss) and (math.isfinite(size) or bool(torch.isfinite(g).all()))
@@ -63,6 +69,7 @@ class Threads:
     def __init__(self, count: int) -> None:
         self.count, self.state = count, torch.get_rng_state()
         self.copies: dict[int, tuple[Batched, SimpleQueue[Batched]]] = {}  # of each problem; free ones
+        self.begun: deque[Future[Taken]] = deque()  # in their order, some of them done
         self.pool = ThreadPoolExecutor(count, "gradients")
         every, self.threads = Barrier(count + 1, timeout=60), torch.get_num_threads()
 
@@ -76,14 +83,24 @@ class Threads:
         every.wait()
         torch.set_num_threads(1)  # in this thread as well, for all cores are busy
 
-    def take(self, point: Point) -> Future[Taken]:
+    def take(self, point: Point) -> Coming:
         """Begin with the gradient at ``point``."""
         problem = cast(Batched, point.problem)
         if id(problem) not in self.copies:
             self.copies[id(problem)] = problem, SimpleQueue()
             for _ in range(self.count):
                 self.copies[id(problem)][1].put(problem.apart())
-        return self.pool.submit(self._take, point, self.copies[id(problem)][1])
+        future = self.pool.submit(self._take, point, self.copies[id(problem)][1])
+        self.begun.append(future)
+        return partial(self._come, future)
+
+    def _come(self, future: Future[Taken]) -> Taken:
+        """Who must wait waits until few are left: woken for each, it would take the others' place in the cache each time."""
+        while self.begun and self.begun[0].done():
+            self.begun.popleft()
+        if not future.done() and len(self.begun) > 2 * self.count:
+            wait([self.begun[-1 - 2 * self.count]])
+        return future.result()
 
     @staticmethod
     def _take(point: Point, free: SimpleQueue[Batched]) -> Taken:
@@ -126,7 +143,7 @@ class Lanes:
         """Whether one gradient is taken at a time."""
         return self.most == self.abreast == 1
 
-    def __call__(self, points: Sequence[Point]) -> list[Taken | Future[Taken]]:
+    def __call__(self, points: Sequence[Point]) -> list[Taken | Coming]:
         """The gradients at the first of ``points``, one at least: those of the rest are for a later call."""
         if self.most is None or self.abreast is None:
             self.most, self.abreast = self.decide(points)
@@ -138,7 +155,7 @@ class Lanes:
         done, self.done = self.done, None
         return [done[1] if done and done[0] is points[0] else _alone(points[0])]
 
-    def start(self, point: Point, flying: int) -> Future[Taken] | None:
+    def start(self, point: Point, flying: int) -> Coming | None:
         """Begin with the gradient at ``point`` where that is done abreast and there is room for so many."""
         return self.threads.take(point) if self.threads and flying * point.x.nbytes <= WAITING else None
 
@@ -205,7 +222,7 @@ def _tried_abreast(problem: Batched, points: Sequence[Point], affordable: int) -
         return 1  # it draws where nothing guards it
     threads = Threads(count)
     try:
-        rounds = [_timed(lambda: [f.result() for f in [threads.take(point) for point in many]])[1] for _ in range(2)]
+        rounds = [_timed(lambda: [come() for come in [threads.take(point) for point in many]])[1] for _ in range(2)]
     finally:
         threads.close()
     return count if min(rounds) < alone else 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from itertools import zip_longest
@@ -32,7 +31,7 @@ from .clock import Clock
 from .cluster import Cluster, Crash, Join, Leave, Membership
 from .ensemble import Centre, Peers, average, ensemble
 from .faults import Crashes, Fault
-from .lanes import Lanes, Taken
+from .lanes import Coming, Lanes, Taken
 from .network import Traffic
 from .still import still
 
@@ -135,7 +134,7 @@ class _Worker:
     gone: bool = False
     returning: bool = False  # to join again as soon as it has left
     waits: Request | None = None
-    ahead: Taken | Future[Taken] | None = None  # its present gradient, taken before its time
+    ahead: Taken | Coming | None = None  # its present gradient, taken before its time
     flying: bool = False  # whether it is at one that no fault will cut short
     due: float = 0.0  # when
     inbox: deque[tuple[int, int | None, Message]] = field(default_factory=deque)
@@ -281,9 +280,7 @@ class Simulation:
         meets = isinstance(self.method, ServerMethod) and self.method.period == 1 and not self.method.late
         self.finishing = self._rounds if quiet and meets and self.method is not method else self._finish  # bound once
         self.wanting: _Worker | None = None  # a gradient, before anything else can happen
-        self.start: Callable[[Point, int], Future[Taken] | None] | None = (
-            None  # begins with a gradient before it is wanted
-        )
+        self.start: Callable[[Point, int], Coming | None] | None = None  # begins with a gradient before it is wanted
         self.trace = Trace(
             {
                 "engine": "simulator",
@@ -458,8 +455,8 @@ class Simulation:
             self.wanting = worker
             self.clock.at(self.clock.now, -1, self._finish, worker)  # next
             return
-        if isinstance(taken, Future):
-            taken = taken.result()
+        if not isinstance(taken, Taken):
+            taken = taken()
         if self.evaluate_every:
             self._evaluate_due()
         worker.idle, worker.ahead, worker.flying = self.clock.now, None, False

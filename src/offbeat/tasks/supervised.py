@@ -140,7 +140,8 @@ class Supervised:
     def grad(self, x: Tensor, worker: int, step: int) -> tuple[Tensor, Tensor]:
         """The gradient ``Tensor[d]`` and the loss ``Tensor[]`` of this worker's ``step``-th minibatch at ``x``.
 
-        ``x`` is ``Tensor[d]`` and is not changed; both results are new and detached. ``step`` counts from 0.
+        ``x`` is ``Tensor[d]`` and is not changed; both results are new and detached. ``step`` counts from 0. What the module
+        does must be the same at each call, but for the values of its tensors: see `grads`.
         """
         live = self._live
         with live.alone, torch.enable_grad():
@@ -150,8 +151,8 @@ class Supervised:
         """The gradients ``Tensor[n, d]`` and losses ``Tensor[n]`` at n points in one call: `grad` of each, to rounding.
 
         The problems of ``points`` are kin of this one. What the module does must be the same at each call, but for the values
-        of its tensors: after a few calls with as many points it is played back from a recording. Raises ``RuntimeError`` for a
-        module that does what cannot be done for several at once, such as to branch on a value.
+        of its tensors: after a few calls with as many points it is played back from a recording (tasks/tape.py). Raises
+        ``RuntimeError`` for a module that does what cannot be done for several at once, such as to branch on a value.
         """
         live = self._live
         with _ALONE, torch.enable_grad():
@@ -178,8 +179,8 @@ class Supervised:
     def apart(self) -> Self:
         """The same problem with a module of its own, whose `grad` another thread can call at the same time.
 
-        Torch's generators belong to the whole process: where a forward pass draws from them, only one is made at a time.
-        A backward pass must not draw. Raises ``ValueError`` for a model that is not on the CPU.
+        Torch's generators belong to the whole process: what draws from them is done one at a time until it is played back.
+        Raises ``ValueError`` for a model that is not on the CPU.
         """
         device = self._live.device
         if device.type != "cpu":
