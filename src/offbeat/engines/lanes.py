@@ -25,7 +25,7 @@ from torch import Tensor
 from ..core.problem import Batched, Point, Problem
 
 GAIN = 1.1
-"""How many times faster lanes must be to be taken."""
+"""How many times faster lanes must be to be taken, and how many times slower threads may look when they are tried."""
 TRIAL, TIMES, WARM = 1 / 40, 3, 5
 """The part of a run that finding out may take, and its least in seconds; how often lanes are tried; how often a gradient is
 taken until it takes no less time."""
@@ -225,7 +225,7 @@ def _tried_abreast(problem: Batched, points: Sequence[Point], affordable: int) -
         rounds = [_timed(lambda: [come() for come in [threads.take(point) for point in many]])[1] for _ in range(2)]
     finally:
         threads.close()
-    return count if min(rounds) < alone else 1
+    return count if min(rounds) < alone * GAIN else 1  # in a run they wait neither for each other nor for visits
 
 
 def _round(n: int) -> int:
