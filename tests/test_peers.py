@@ -411,7 +411,11 @@ class Ledger:
             peer = self.rng.choice(list(self.peers) or [None])
             if peer is None or not peer.incarnation:
                 continue
-            for link in self.rng.sample([*list(peer.links.values()), *list(peer.incoming)], 1) if peer.links else ():
+            for link in (
+                self.rng.sample([*list(peer.links.values()), *(caller.link for caller in list(peer.incoming))], 1)
+                if peer.links
+                else ()
+            ):
                 link.hang_up()
             if lives and self.rng.random() < 0.02:
                 lives -= 1

@@ -53,14 +53,15 @@ def view(data: Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())).cast("B")
 
 
-def look_out(there: Callable[[], object]) -> None:
+def look_out(there: Callable[[], bool]) -> bool:
     """Wait for a moment, without sleeping, until what must be about to come is ``there``: to be woken costs both ends more.
 
-    Whoever else wants this core gets it meanwhile.
+    Whoever else wants this core gets it meanwhile. Returns whether it came.
     """
     end = time.perf_counter() + LOOKOUT
-    while not there() and time.perf_counter() < end:
+    while not (came := there()) and time.perf_counter() < end:
         _give_way()
+    return came
 
 
 def _give_way() -> None:

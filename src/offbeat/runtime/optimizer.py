@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core.descent import Rule, count
-from ..core.method import GradientServer, Method
+from ..core.method import GradientServer, Method, RuleMethod
+from ..core.periodic import OuterMethod
 from ..tasks.flat import Flat, Sharded, local
 
 
@@ -35,24 +36,35 @@ class UserRule(Rule):
     """A ``torch.optim.Optimizer`` over the parameters of ``flat``."""
     flat: Any = None
     """The `Flat` of the model."""
-    live: dict[str, int] = field(default_factory=lambda: {"skip": 0, "resets": 0})
-    """Whether to skip the next step, and how often the optimizer's state was emptied."""
+    direct: bool = False
+    """Whether gradients come to it as the model has them, whatever else the method does: they need not be put together then,
+    and stand for themselves as a gradient of no elements."""
+    live: dict[str, Any] = field(
+        default_factory=lambda: {"skip": False, "resets": 0, "counted": None, "rate": None, "pace": ()}
+    )
+    """Whether to skip the next step; how often the optimizer's state was emptied, and the tensor that last said so; the
+    last step's rate, and what it has added to ``step`` and ``rates``: tensors, as numbers would be made such each time."""
 
     def init(self, x: Tensor) -> Borrowed:
         return Borrowed(count(x), count(x), count(x), ())
 
     def step(self, state: Borrowed, x: Tensor, g: Tensor) -> tuple[Borrowed, Tensor]:
         live, flat, optimizer = self.live, self.flat, self.optimizer
-        if int(state.resets) != live["resets"]:
-            optimizer.state.clear()
-            live["resets"] = int(state.resets)
+        if state.resets is not live["counted"]:  # else nobody has emptied it, and a GPU need not be waited for
+            if int(state.resets) != live["resets"]:
+                optimizer.state.clear()
+            live["resets"], live["counted"] = int(state.resets), state.resets
         self._load(state.loaded)
-        flat.write(x)
-        flat.put_gradient(g)
+        flat.hold(x)
+        if g.numel():
+            flat.put_gradient(g)
         rate = float(optimizer.param_groups[0]["lr"])
+        if rate != live["rate"]:
+            live["rate"], live["pace"] = rate, (count(x) + 1, count(x) + rate)
         if not live["skip"]:
             optimizer.step()
-        return state._replace(step=state.step + 1, rates=state.rates + rate, loaded=()), flat.read()
+        one, more = live["pace"]
+        return Borrowed(state.step + one, state.rates + more, state.resets, ()), flat.read()
 
     def buffers(self, state: Borrowed) -> tuple[Tensor, ...]:
         if state.loaded:
@@ -91,7 +103,12 @@ class UserRule(Rule):
 
 def lent(method: Method, optimizer: torch.optim.Optimizer, flat: Flat | Sharded) -> tuple[Method, UserRule]:
     """``method`` with ``optimizer`` in the place of its rule. Raises ``ValueError`` where it has none."""
-    rule = UserRule(optimizer=optimizer, flat=flat)
+    plain, inside = (RuleMethod.local, OuterMethod.local), method
+    direct = type(method).local in plain
+    while isinstance(inside, OuterMethod):
+        inside = inside.inner
+        direct = direct and type(inside).local in plain
+    rule = UserRule(optimizer=optimizer, flat=flat, direct=direct)
     ours = set(flat.parameters)
     theirs = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     if ours != theirs:

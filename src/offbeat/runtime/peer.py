@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
@@ -39,6 +39,9 @@ from .worker import Driver, Parse, Terms
 
 if TYPE_CHECKING:
     from .gloo import Group
+
+PAUSE = 0.005
+"""Seconds for which a thread leaves a peer's messages to the loop, which has taken the last one."""
 
 
 def talk(method: Method, x: Tensor) -> tuple[Form, Form, Form]:
@@ -94,6 +97,20 @@ class Posted(NamedTuple):
     link: Link | None  # over which it was sent; None where that has failed
 
 
+@dataclass(eq=False)
+class Caller:
+    """A peer that has dialled: a thread reads what it says, but where the loop is there first, as it may be when it waits."""
+
+    link: Link
+    hello: Header
+    life: int  # of this worker, when it was dialled
+    due: dict[Kind, int]  # what it may say
+    reading: threading.Lock = field(default_factory=threading.Lock)  # who has it, reads
+    met: int = 0  # messages that the loop has read
+    left: threading.Event = field(default_factory=threading.Event)  # set where the loop sleeps, and looks no more
+    error: Exception | None = None  # what the loop has met
+
+
 class Mean(NamedTuple):
     """An average that was taken: by whom, and what came out."""
 
@@ -133,7 +150,7 @@ class Peer(Driver):
         self.link: Any = None  # to the coordinator
         self.listener: socket.socket | None = None
         self.threads: list[threading.Thread] = []
-        self.incoming: set[Link] = set()
+        self.incoming: set[Caller] = set()
         self.links: dict[int, Link] = {}
         self.groups: dict[tuple[Any, ...], Standing] = {}  # for averages, by their members and bytes
         self.comers: dict[tuple[str, int], Link] = {}  # who has dialled to join a circle, by its name and theirs
@@ -374,27 +391,62 @@ class Peer(Driver):
                 sizes = max(self.answer.bytes, self.form.bytes, 8), max(self.message.bytes, self.form.bytes, 8)
                 better, way = offered(link, other, self.transport, sizes)
                 links.callback(better.close)
+                caller = Caller(better, hello.header, life, self._due())
                 with self.monitor:
-                    self.incoming.add(better)
-                    links.callback(self.incoming.discard, better)
-                link.send(self.head._replace(kind=Kind.WELCOME), None, way)
-                better.meet()
-                due = self._due()
-                while True:
-                    frame = better.recv(due, "its next message", patient=True)
-                    if frame.header[2:4] != hello.header[2:4]:
-                        raise Corrupt(
-                            f"life {frame.header.incarnation} of worker {frame.header.worker} speaks on the link of life "
-                            f"{hello.header.incarnation} of worker {hello.header.worker}: refused"
-                        )
-                    if frame.header.kind == Kind.MEAN:
-                        self._give(better, frame)
-                    else:
-                        self._take(better, frame, life)
+                    self.incoming.add(caller)
+                    links.callback(self.incoming.discard, caller)
+                with caller.reading:
+                    link.send(self.head._replace(kind=Kind.WELCOME), None, way)
+                    better.meet()
+                self._listen(caller)
             except LinkLost:
                 pass  # whoever it was comes again, or is dead, which the coordinator says
             except (Corrupt, PermissionError, ValueError) as error:
                 self.say(f"refused: {error}: no link is made")
+
+    def _listen(self, caller: Caller) -> NoReturn:
+        """Take all that a peer says, but for what the loop takes."""
+        met = 0
+        while not self.rounds:  # whose loop waits for nobody in particular
+            self._hear_out(caller)
+        while True:
+            if caller.met != met:  # it comes for the next one as well, and need not wake this thread for it
+                met = caller.met
+                caller.left.wait(PAUSE)
+            elif caller.link.waiting(60.0):
+                with caller.reading:
+                    if caller.error is not None:
+                        raise caller.error
+                    if caller.met == met:
+                        self._hear_out(caller)
+
+    def _look_in(self, caller: Caller) -> None:
+        """Take what a peer has said, if nobody is at it: for the loop, while it waits."""
+        if not caller.reading.acquire(blocking=False):
+            return
+        try:
+            if caller.error is None and caller.link.waiting(0):
+                self._hear_out(caller)
+                caller.met += 1
+        except (LinkLost, Corrupt, ValueError) as error:
+            caller.error = error  # for the thread
+            caller.link.hang_up()
+        finally:
+            caller.reading.release()
+
+    def _hear_out(self, caller: Caller) -> None:
+        """Take one message of a peer."""
+        link, hello = caller.link, caller.hello
+        frame = link.recv(caller.due, "its next message", patient=True)
+        if frame.header[2:4] != hello[2:4]:
+            raise Corrupt(
+                f"life {frame.header.incarnation} of worker {frame.header.worker} speaks on the link of life "
+                f"{hello.incarnation} of worker {hello.worker}: refused"
+            )
+        if frame.header.kind == Kind.MEAN:
+            self._give(link, frame)
+        else:
+            self._take(link, frame, caller.life)
 
     def _come(self, link: Link, name: str, header: Header, life: int) -> None:
         """A peer wants to join this one's circle, which the loop's thread sees to."""
@@ -759,7 +811,19 @@ class Peer(Driver):
 
     def _receive(self, request: Recv) -> dict[int, Message]:
         """A message of the round from each source, but for those who will not send one any more."""
-        look_out(lambda: len(self.inbox) >= len(request.sources))
+        with self.monitor:
+            callers = [caller for caller in self.incoming if caller.hello.worker in request.sources]
+
+        def there() -> bool:
+            for caller in callers:
+                self._look_in(caller)
+            return len(self.inbox) >= len(request.sources)
+
+        for caller in callers:
+            caller.left.clear()
+        if not look_out(there):
+            for caller in callers:
+                caller.left.set()
         while True:
             with self.changed:
                 here = [
@@ -1094,7 +1158,7 @@ class Peer(Driver):
             self.comers = {}
             for to in list(self.links):
                 self._drop(to)
-            for link in (*self.incoming, *([self.link] if self.link is not None else [])):
+            for link in (*(caller.link for caller in self.incoming), *([self.link] if self.link is not None else [])):
                 link.hang_up()
             if self.listener is not None:
                 with contextlib.suppress(OSError):

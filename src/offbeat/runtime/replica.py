@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sa
 from ..core.gossip import GossipMethod
 from ..core.method import Method, ServerMethod
 from ..core.seeds import derive
-from ..tasks.flat import Flat, flatten
+from ..tasks.flat import Flat, flatten, local
 from .host import OtherKind
 from .optimizer import UserRule, lent
 from .peer import Peer, Solitary
@@ -147,14 +147,15 @@ class Replica:
         """
         if self._gone:
             raise RuntimeError("this replica has left its run: make a new one to go on")
-        g = self.flat.gradient() if self.worker.keeps and self.rule is None else self.flat.gather()
-        scale = getattr(self, "grad_scale", None)
-        if skip := float(getattr(self, "found_inf", 0.0)) > 0:
+        g, scale = self._gradient(), getattr(self, "grad_scale", None)
+        skip = float(getattr(self, "found_inf", 0.0)) > 0
+        if skip:
             g.zero_()
         elif scale is not None:
-            g.div_(scale.to(g))
+            for part in [g] if g.numel() else [local(p.grad) for p in self.flat.parameters if p.grad is not None]:
+                part.div_(scale.to(part))
         if self.rule is not None:
-            self.rule.live["skip"] = int(skip)
+            self.rule.live["skip"] = skip
         self.worker.step(g, float("nan") if loss is None else float(torch.as_tensor(loss).detach()))
         self._take()
         if self.team.any(self._leaving) and self.worker.free:
@@ -164,7 +165,10 @@ class Replica:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, as an optimizer does; `step` has done so already."""
-        self.flat.zero_grad()
+        if self._direct:
+            self.flat.drop_grad()
+        else:
+            self.flat.zero_grad()
 
     def shard(self, loader: Iterable[T]) -> Iterator[T]:
         """One pass over ``loader``'s data, shared with all workers: each minibatch goes to the one who is free.
@@ -214,6 +218,18 @@ class Replica:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.leave(done=kind is None)
 
+    @property
+    def _direct(self) -> bool:
+        """Whether gradients go from the model to the user's optimizer, and nowhere else."""
+        return self.rule is not None and self.rule.direct
+
+    def _gradient(self) -> Tensor:
+        """What the worker is given: the gradient [d], or nothing where the user's optimizer finds it in the model."""
+        if self._direct:
+            self.flat.complete()
+            return self.worker.x.new_empty(0)
+        return self.flat.gradient() if self.worker.keeps and self.rule is None else self.flat.gather()
+
     def _own(self) -> None:
         """Put the worker's parameters into the model, where it holds others."""
         if self._shown or self._life != self.worker.life:
@@ -223,8 +239,8 @@ class Replica:
         room = self.worker.room() if self._life != self.worker.life else None
         if room is not None and isinstance(self.flat, Flat):
             self.flat.collect_in(room)
-        self.flat.write(self.worker.x)
-        self.flat.zero_grad()
+        self.flat.hold(self.worker.x)
+        self.zero_grad()
         self._shown, self._life = False, self.worker.life
 
     def _told(self, number: int, frame: FrameType | None) -> None:

@@ -28,8 +28,6 @@ class Flat:
 
     data: Tensor
     """The parameters, ``Tensor[d]``."""
-    grad: Tensor
-    """Their gradients, ``Tensor[d]``; call `gather` before reading it."""
 
     def __init__(self, module: nn.Module) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -37,29 +35,44 @@ class Flat:
         first = named[0][1]
         sizes = [p.numel() for _, p in named]
         self.data = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
-        self.grad = torch.zeros_like(self.data)
-        self._parts: list[tuple[str, nn.Parameter, Tensor, Tensor]] = []
-        for (name, p), data, grad in zip(
-            named, torch.split(self.data, sizes), torch.split(self.grad, sizes), strict=True
-        ):
-            data, grad = data.view(p.shape), grad.view(p.shape)
+        self._grad: Tensor | None = None
+        self._views: list[Tensor] = []  # of it, one for each parameter
+        self._held: Tensor | None = None
+        self._parts: list[tuple[str, nn.Parameter, Tensor]] = []
+        for (name, p), part in zip(named, torch.split(self.data, sizes), strict=True):
+            data = part.view(p.shape)
             data.copy_(p.detach())
             p.data = data
-            self._parts.append((name, p, data, grad))
+            self._parts.append((name, p, data))
         self.gather()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that are in it, in their order."""
-        return [p for _, p, _, _ in self._parts]
+        return [p for _, p, _ in self._parts]
+
+    @property
+    def grad(self) -> Tensor:
+        """Their gradients, ``Tensor[d]``; call `gather` before reading it."""
+        if self._grad is None:
+            self._collect(torch.zeros_like(self.data))
+        assert self._grad is not None
+        return self._grad
 
     def read(self) -> Tensor:
         """The parameters, the caller's own. [d]"""
-        return self.data.clone()
+        self._held = self.data.clone()
+        return self._held
 
     def write(self, x: Tensor) -> None:
         """Put ``x`` [d] into the module."""
         self.data.copy_(x)
+        self._held = x
+
+    def hold(self, x: Tensor) -> None:
+        """`write`, but for the tensor that was read or written last: it is there, as long as nobody writes into tensors."""
+        if x is not self._held:
+            self.write(x)
 
     def gradient(self) -> Tensor:
         """The gradients, the caller's own: call it after ``backward()``. [d]"""
@@ -71,7 +84,7 @@ class Flat:
         Call it after ``backward()``, before and after which no parameter has one.
         """
         parts = []
-        for _, p, data, _ in self._parts:
+        for _, p, data in self._parts:
             g = torch.zeros_like(data) if p.grad is None else p.grad.detach()
             parts.append((g if g.layout is torch.strided else g.to_dense()).reshape(-1))
             p.grad = None
@@ -86,17 +99,30 @@ class Flat:
     def collect_in(self, grad: Tensor) -> None:
         """Make ``grad`` [d] the vector of the gradients, which it then holds."""
         grad.copy_(self.gather())
-        self.grad = grad
+        self._collect(grad)
+        for p, view in zip(self.parameters, self._views, strict=True):
+            p.grad = view
+
+    def _collect(self, grad: Tensor) -> None:
         parts = torch.split(grad, [p.numel() for p in self.parameters])
-        self._parts = [
-            (name, p, data, part.view(p.shape)) for (name, p, data, _), part in zip(self._parts, parts, strict=True)
-        ]
-        for _, p, _, part in self._parts:
-            p.grad = part
+        self._grad, self._views = grad, [part.view(p.shape) for p, part in zip(self.parameters, parts, strict=True)]
 
     def zero_grad(self) -> None:
         """Make all gradients 0."""
         self.grad.zero_()
+
+    def drop_grad(self) -> None:
+        """Let parameters have no gradients, and keep no memory for them: `backward()` makes new ones, outside of `grad`."""
+        self._grad, self._views = None, []
+        for _, p, _ in self._parts:
+            p.grad = None
+
+    def complete(self) -> None:
+        """Let each parameter have a gradient, wherever it is: one that is missing is 0. Raises as `gather` does."""
+        for name, p, data in self._parts:
+            _check_place(name, p, data)
+            if p.grad is None:
+                p.grad = torch.zeros_like(data)
 
     def gather(self) -> Tensor:
         """The vector ``grad`` once it holds every parameter's gradient: call it after ``backward()``.
@@ -106,13 +132,9 @@ class Flat:
         copied in and made a view again; one that is missing counts as 0. Raises ``RuntimeError`` where a parameter
         itself has left the vector.
         """
-        for name, p, data, grad in self._parts:
-            # Moved or cast, the module would train apart from the vector, and nothing else would tell.
-            if p.data_ptr() != data.data_ptr():
-                raise RuntimeError(
-                    f"parameter {name} has left its flat vector: the module was moved, cast or flattened again. "
-                    "Move or cast it first (module.to(...)), then flatten it, once"
-                )
+        whole = self.grad
+        for (name, p, data), grad in zip(self._parts, self._views, strict=True):
+            _check_place(name, p, data)
             if p.grad is grad:
                 continue
             if p.grad is None:
@@ -121,7 +143,7 @@ class Flat:
                 new = p.grad.detach()
                 grad.copy_(new if new.layout is torch.strided else new.to_dense())
             p.grad = grad
-        return self.grad
+        return whole
 
 
 class Sharded:
@@ -135,13 +157,20 @@ class Sharded:
         _check(module, named)
         self.parameters = [p for _, p in named]
         self._sizes = [local(p).numel() for p in self.parameters]
+        self._held: Tensor | None = None
 
     def read(self) -> Tensor:
-        return torch.cat([local(p).detach().reshape(-1) for p in self.parameters])
+        self._held = torch.cat([local(p).detach().reshape(-1) for p in self.parameters])
+        return self._held
 
     def write(self, x: Tensor) -> None:
         for p, part in zip(self.parameters, torch.split(x, self._sizes), strict=True):
             local(p).detach().copy_(part.view(local(p).shape))
+        self._held = x
+
+    def hold(self, x: Tensor) -> None:
+        if x is not self._held:
+            self.write(x)
 
     def gradient(self) -> Tensor:
         grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
@@ -158,6 +187,13 @@ class Sharded:
         for p in self.parameters:
             p.grad = None
 
+    drop_grad = zero_grad
+
+    def complete(self) -> None:
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+
 
 def flatten(module: nn.Module) -> Flat | Sharded:
     """The parameters of ``module`` as one vector, whichever way it holds them."""
@@ -167,6 +203,15 @@ def flatten(module: nn.Module) -> Flat | Sharded:
 def local(t: Tensor) -> Tensor:
     """The part of ``t`` that this process has."""
     return t.to_local() if hasattr(t, "to_local") else t  # a DTensor, without importing what makes one
+
+
+def _check_place(name: str, p: Tensor, data: Tensor) -> None:
+    """Moved or cast, a module would train apart from its vector, and nothing else would tell."""
+    if p.data_ptr() != data.data_ptr():
+        raise RuntimeError(
+            f"parameter {name} has left its flat vector: the module was moved, cast or flattened again. "
+            "Move or cast it first (module.to(...)), then flatten it, once"
+        )
 
 
 def _check(module: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
