@@ -96,9 +96,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def ends(process: subprocess.Popen[str], folder: Path) -> str:
     """What a launch has said, once it has ended well."""
     said, _ = process.communicate(timeout=120)
-    logs = "".join(f"\n{file.name}:\n{file.read_text()}" for file in sorted(folder.glob("run/logs/*")))
-    assert process.returncode == 0, said + logs
+    assert process.returncode == 0, said + logs(folder)
     return said
+
+
+def logs(folder: Path) -> str:
+    """What the workers have said."""
+    return "".join(f"\n{file.name}:\n{file.read_text()}" for file in sorted(folder.glob("run/logs/*")))
 
 
 def alone(method: ob.Method, optimizer: str) -> Tensor:
@@ -147,7 +151,8 @@ def test_a_rank_is_killed(inside: str, method: str, start: Start, tmp_path: Path
     ranks = [pid for pid in descendants(process.pid) if b"teams.py" in _words(pid) and b"LOCAL_RANK=1" in _said(pid)]
     assert len(ranks) == 2
     os.kill(ranks[0], signal.SIGKILL)
-    assert ends(process, tmp_path).count("starting it again") == 1
+    said = ends(process, tmp_path)
+    assert said.count("starting it again") == 1, said + logs(tmp_path)
     assert len(ob.Trace.read(trace)) == 20 * 12
     for worker in range(2):
         a, b = (torch.load(tmp_path / f"{worker}-{rank}.pt") for rank in range(2))
