@@ -210,7 +210,8 @@ class Running:
 def in_turn(
     systems: Sequence[System], repeats: int, unit: str, group: str, figure: Callable[[float], float] = lambda rate: rate
 ) -> list[Row]:
-    """A row for each system: the ``figure`` of its rate in each repeat, where all take their turns.
+    """A row for each system: the ``figure`` of its rate in each repeat, where all take their turns, each time in another
+    order: what a system still does when its turn is over must not always meet the same one.
 
     One that fails is left out from then on: its row is not a number, and says why.
     """
@@ -220,7 +221,7 @@ def in_turn(
     with contextlib.ExitStack() as stack:
         warm: dict[System, Running] = {}
         for number in range(repeats):
-            for system in (s for s in systems if s not in lost):
+            for system in random.Random(number).sample([s for s in systems if s not in lost], len(systems) - len(lost)):
                 try:
                     if isinstance(system, Restless):
                         with Running(system, 1) as once:
