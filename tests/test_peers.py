@@ -186,6 +186,34 @@ def late(act: Callable[[Driver], None], gradients: int, run: Run, worker: int) -
     run.start(worker, act)
 
 
+def test_a_visited_peer_may_keep_what_was_brought(runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it was brought in memory that the next message comes to: two who swap their models have each other's."""
+    swap = lambda _, w, msg: (w._replace(x=msg), w.x)  # noqa: E731
+    monkeypatch.setattr(ob.methods.ADPSGD, "meet", swap)
+    monkeypatch.setattr(ob.methods.ADPSGD, "settle", lambda _, w, reply: w._replace(x=reply))
+    run = runs(ob.methods.ADPSGD(ob.SGD(1.0)), 2, None, transport="shared")
+    over = threading.Event()
+    had: list[float] = []
+
+    def visits(driver: Driver) -> None:
+        try:
+            for step in range(6):
+                driver.step(torch.full_like(driver.x, float(step == 0)), 0.0)
+                had.append(float((PROBLEM.x0() - driver.x).mean()))
+        finally:
+            over.set()
+        driver.leave(True)
+
+    def waits(driver: Driver) -> None:
+        over.wait(LIMIT)
+        driver.leave(True)
+
+    run.start(0, visits)
+    run.start(1, waits)
+    run.end()
+    assert had == pytest.approx([0, 1, 0, 1, 0, 1])
+
+
 @pytest.mark.parametrize("cls", PEERS, ids=lambda cls: cls.__name__)
 def test_peers_come_leave_and_die(cls: type[ob.Method], runs: Callable[..., Run]) -> None:
     """Two stay, one leaves, one dies, one comes late and one comes back: the run ends, with every minibatch used once."""

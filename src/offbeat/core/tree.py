@@ -32,6 +32,14 @@ def _build(like: Any, rest: Iterator[Any]) -> Any:
     return like._make(parts) if hasattr(like, "_make") else tuple(parts)
 
 
+def apart(tree: Any, lent: Any) -> Any:
+    """``tree`` without memory of ``lent``, which somebody else will write to: what lies there is copied."""
+    parts, theirs = leaves(tree), {t.untyped_storage().data_ptr() for t in leaves(lent)}
+    if theirs.isdisjoint(t.untyped_storage().data_ptr() for t in parts):
+        return tree
+    return rebuild(tree, [t.clone() if t.untyped_storage().data_ptr() in theirs else t for t in parts])
+
+
 def _parts(tree: Any) -> tuple[Any, ...]:
     if isinstance(tree, Mapping):
         return tuple(tree.values())

@@ -66,7 +66,7 @@ class Circle:
         for rank, link in self.links.items():
             form = self._form(like[rank])
             look_out(partial(link.waiting, 0))
-            frame = link.recv({Kind.SHARE: form.bytes}, "its part of an average", lent=True)
+            frame = link.recv({Kind.SHARE: form.bytes}, "its part of an average", lent={Kind.SHARE})
             if frame.header.version != self.turn:
                 raise Corrupt(f"{link.name} is at average {frame.header.version}, and this one at {self.turn}")
             came[rank] = form.unpack(frame.payload)

@@ -20,7 +20,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -167,10 +167,10 @@ class Link:
                 self.put(payload)
         self.sent_bytes += header.length
 
-    def recv(self, due: dict[Kind, int], what: str, patient: bool = False, lent: bool = False) -> Frame:
+    def recv(self, due: dict[Kind, int], what: str, patient: bool = False, lent: Collection[Kind] = ()) -> Frame:
         """The next frame that is no sign of life. ``due`` says which kinds may come, and how many bytes each has.
 
-        A payload that is ``lent`` stays in the link's own memory, and is good until the other end sends the next. Raises
+        A payload of a kind that is ``lent`` stays in the link's own memory, and is good until the other end sends the next. Raises
         `Corrupt` for a frame that is not due or whose payload does not meet its checksum, `LinkLost` where the other end
         hangs up or is silent for `timeout`; ``what`` is what is waited for, for the message. One that is ``patient``
         bears silence before the frame: the kernel notices a dead machine.
@@ -188,7 +188,7 @@ class Link:
                 raise Corrupt(
                     f"{self.name} announced {header.length} bytes of {header.kind.name} where {due[header.kind]} are due{CURE}"
                 )
-            payload = self.take(header.length, lent) if header.length else NOTHING
+            payload = self.take(header.length, header.kind in lent) if header.length else NOTHING
             if header.length and self.seal(payload) != header.checksum:
                 raise Corrupt(f"{self.name} sent {header.length} bytes that do not meet their checksum")
             return Frame(header, note, payload)

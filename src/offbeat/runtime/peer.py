@@ -26,7 +26,7 @@ from ..core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod, Roun
 from ..core.method import Message, Method
 from ..core.periodic import OuterMethod, PeriodicMethod
 from ..core.protocol import AllReduce, Ask, Gradient, Inbox, Loop, Node, Recv, Request, Send, give_back, loop
-from ..core.tree import leaves, rebuild
+from ..core.tree import apart, leaves, rebuild
 from ..failure import Diverged
 from ..trace import Trace
 from .circle import Circle, joint
@@ -437,7 +437,7 @@ class Peer(Driver):
     def _hear_out(self, caller: Caller) -> None:
         """Take one message of a peer."""
         link, hello = caller.link, caller.hello
-        frame = link.recv(caller.due, "its next message", patient=True)
+        frame = link.recv(caller.due, "its next message", patient=True, lent={Kind.ASK})
         if frame.header[2:4] != hello[2:4]:
             raise Corrupt(
                 f"life {frame.header.incarnation} of worker {frame.header.worker} speaks on the link of life "
@@ -510,7 +510,7 @@ class Peer(Driver):
                 self.inbox.append(Entry(which, round, message))
             else:
                 assert isinstance(self.method, PairGossipMethod)
-                self.node.state, answer = self.method.meet(self.node.state, message)
+                self.node.state, answer = apart(self.method.meet(self.node.state, message), message)
                 self.deeds.append(["met", which])
             self.taken[key] = max(number, header.version), answer
             self.changed.notify_all()
@@ -519,7 +519,7 @@ class Peer(Driver):
         elif answer is None:
             raise Corrupt(f"{link.name} asks under the number {header.version}, which another message had")
         else:
-            link.send(self.head._replace(kind=Kind.REPLY), self.answer.pack(answer))
+            link.send(self.head._replace(kind=Kind.REPLY), self.answer.pack(answer, link.room(self.answer.bytes)))
 
     def _give(self, link: Link, frame: Frame) -> None:
         """Give a peer the average that it could not take."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.method import GradientServer, Message, ServerMethod
 from ..core.protocol import Server
-from ..core.tree import leaves, rebuild
+from ..core.tree import apart, leaves, rebuild
 from ..engines.kernel import ALIGNED, BLOCKS, Visits
 from .host import Diverging, Host, Refused, Session
 from .link import Frame, Link, LinkLost
@@ -114,7 +114,7 @@ class RunServer(Host):
         self._answer(session, *session.outbox.get(), list(session.held))
         due = {Kind.PUSH: session.push.bytes, Kind.LEAVE: 0, Kind.MASTER: 0, Kind.HELLO: 0}
         while True:
-            frame = session.link.recv(due, "its next message", lent=True)
+            frame = session.link.recv(due, "its next message", lent=due)
             self._check(session, frame.header)
             note = frame.note if isinstance(frame.note, dict) else {}
             if frame.header.kind == Kind.LEAVE:
@@ -168,7 +168,7 @@ class RunServer(Host):
             sound = tame(msg) and finite(new[2])
         if not sound and not finite((msg, new)):
             raise FloatingPointError
-        s, own = _apart(new[:2], msg)
+        s, own = apart(new[:2], msg)
         return s, own, new[2]
 
     def _warm(self) -> None:
@@ -278,11 +278,3 @@ class RunServer(Host):
 def _first(message: Message) -> Message:
     """The message for a model of one parameter."""
     return rebuild(message, [t[:1] if t.dim() else t for t in leaves(message)])
-
-
-def _apart(states: Any, msg: Message) -> Any:
-    """``states`` without memory of ``msg``, which is the link's: the next message comes there."""
-    parts, lent = leaves(states), {t.untyped_storage().data_ptr() for t in leaves(msg)}
-    if lent.isdisjoint(t.untyped_storage().data_ptr() for t in parts):
-        return states
-    return rebuild(states, [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in parts])

@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -227,7 +227,7 @@ class Remote(Exchange):
         nothing = Form(torch.empty(0, device="meta"))
         return note, _Shard(link, part, head, nothing, nothing)
 
-    def _hear(self, shard: _Shard, due: dict[Kind, int], what: str, lent: bool = False) -> Frame:
+    def _hear(self, shard: _Shard, due: dict[Kind, int], what: str, lent: Collection[Kind] = ()) -> Frame:
         """A frame that is due, or the refusal in its place as an exception."""
         frame = shard.link.recv({**due, Kind.REFUSED: 0}, what, lent=lent)
         if frame.header.kind == Kind.REFUSED:
@@ -252,7 +252,9 @@ class Remote(Exchange):
         replies, tickets = [], []
         with self._mending():
             for shard in self.shards:
-                frame = self._hear(shard, {Kind.REPLY: shard.reply.bytes}, "its reply", lent=self.oracle)
+                frame = self._hear(
+                    shard, {Kind.REPLY: shard.reply.bytes}, "its reply", lent={Kind.REPLY} if self.oracle else ()
+                )
                 shard.step += self.pushed
                 shard.head = shard.head._replace(version=frame.header.version)
                 replies.append(shard.reply.unpack(frame.payload))
