@@ -538,6 +538,27 @@ def test_the_users_optimizer_takes_the_steps_of_the_rule_of_its_name(name: str, 
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
+def test_the_users_optimizer_gets_gradients_as_they_are_made() -> None:
+    """Sparse ones stay sparse, and one that is missing counts as 0."""
+    ours = nn.ModuleList([nn.Embedding(6, 4, sparse=True), nn.Embedding(6, 4, sparse=True)])
+    theirs = copy.deepcopy(ours)
+    optimizers = [torch.optim.SparseAdam(list(m.parameters()), lr=0.1) for m in (ours, theirs)]
+    replica = ob.Replica(ours, ob.methods.LocalSGD(period=2), optimizer=optimizers[0])
+    for step in range(6):
+        words = torch.tensor([step % 3, 4])
+        for model in (ours, theirs):
+            model[0](words).square().sum().backward()
+        theirs[1].weight.grad = torch.zeros_like(theirs[1].weight).to_sparse()
+        ours[1].weight.grad = torch.zeros_like(ours[1].weight).to_sparse()
+        assert ours[0].weight.grad.is_sparse
+        replica.step()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        assert ours[0].weight.grad is None
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
 def test_an_optimizer_that_cannot_take_the_steps_is_refused() -> None:
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     with pytest.raises(ValueError, match=r"ASGD has no local rule .* leave the optimizer out"):

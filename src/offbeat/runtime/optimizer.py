@@ -103,12 +103,10 @@ class UserRule(Rule):
 
 def lent(method: Method, optimizer: torch.optim.Optimizer, flat: Flat | Sharded) -> tuple[Method, UserRule]:
     """``method`` with ``optimizer`` in the place of its rule. Raises ``ValueError`` where it has none."""
-    plain, inside = (RuleMethod.local, OuterMethod.local), method
-    direct = type(method).local in plain
-    while isinstance(inside, OuterMethod):
+    inside: Method = method
+    while isinstance(inside, OuterMethod) and type(inside).local is OuterMethod.local:
         inside = inside.inner
-        direct = direct and type(inside).local in plain
-    rule = UserRule(optimizer=optimizer, flat=flat, direct=direct)
+    rule = UserRule(optimizer=optimizer, flat=flat, direct=type(inside).local is RuleMethod.local)
     ours = set(flat.parameters)
     theirs = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     if ours != theirs:

@@ -437,7 +437,7 @@ class Peer(Driver):
     def _hear_out(self, caller: Caller) -> None:
         """Take one message of a peer."""
         link, hello = caller.link, caller.hello
-        frame = link.recv(caller.due, "its next message", patient=True, lent={Kind.ASK})
+        frame = link.recv(caller.due, "its next message", patient=not self.rounds, lent={Kind.ASK})
         if frame.header[2:4] != hello[2:4]:
             raise Corrupt(
                 f"life {frame.header.incarnation} of worker {frame.header.worker} speaks on the link of life "

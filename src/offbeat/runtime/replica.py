@@ -120,7 +120,7 @@ class Replica:
             raise
         self._life = 0  # of the worker, whose parameters the model holds
         self._shown = False  # whether the model holds the shipped parameters instead
-        self._own()
+        self._take()
         self._passes = 0
         self._gone = False
         atexit.register(self._exit)
