@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -247,6 +249,20 @@ def adds_up(x: Tensor) -> tuple[Tensor, ...]:
 
 def drops(x: Tensor) -> tuple[Tensor, ...]:
     return (nn.functional.dropout(x), torch.rand(3), torch.randint(1, 9, (4,)))
+
+
+def test_a_recording_does_not_wait_for_torchs_compiler_to_be_loaded() -> None:
+    """Which takes seconds, and a slow worker's straggler would multiply them."""
+    script = f"""
+import sys, offbeat as ob
+problem = ob.tasks.Digits()
+for step in range({OFTEN + 2}):
+    problem.grad(problem.x0(), 0, step)
+assert problem.problem._live.tape.tapes, "something is recorded"
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False"], done
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,11 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.lines: list[_Line] = []
         self.inputs = [self._new(t) for t in inputs]
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch loads its compiler, which takes seconds, only to tell it to keep out of here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self.fit:
