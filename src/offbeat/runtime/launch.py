@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -176,8 +177,7 @@ class Launch:
         """The command of a worker, or of torchrun for its ranks."""
         if self.ranks == 1:
             return self.worker
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            place = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+        place = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
         python, *script = self.worker
         return [python, "-m", "torch.distributed.run", "--nproc-per-node", str(self.ranks), *place, *script]
 
@@ -264,3 +264,12 @@ class Launch:
 def _tail(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1] if lines else f"its log {path} is empty"
+
+
+def _free_port() -> int:
+    """A port that nobody uses now; none of those that are given to whoever asks for any, as it is taken seconds later, and once
+    more each time that a worker is started again."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
