@@ -221,7 +221,9 @@ def in_turn(
     with contextlib.ExitStack() as stack:
         warm: dict[System, Running] = {}
         for number in range(repeats):
-            for system in random.Random(number).sample([s for s in systems if s not in lost], len(systems) - len(lost)):
+            order = [system for system in systems if system not in lost]
+            random.Random(number).shuffle(order)
+            for system in order:
                 try:
                     if isinstance(system, Restless):
                         with Running(system, 1) as once:

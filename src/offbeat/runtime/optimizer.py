@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -21,12 +22,26 @@ class Borrowed(NamedTuple):
     loaded: tuple[Tensor, ...]  # buffers to go on with, where an average has changed them; (): the optimizer's own [d]
 
 
+@dataclass
+class Live:
+    """What goes with an optimizer and is no state of a worker: neither is pure."""
+
+    skip: bool = False
+    """Whether the next step is not to be taken."""
+    resets: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Those of the last state, which the optimizer has followed."""
+    rate: float = math.nan
+    """Of the last step."""
+    pace: tuple[Tensor, ...] = ()
+    """What that has added to a state's ``step`` and ``rates``: tensors, as numbers would be made such each time."""
+
+
 @dataclass(frozen=True, eq=False)
 class UserRule(Rule):
     """Steps by a ``torch.optim`` optimizer over the parameters of a `Flat`; its rate is that of its first group.
 
     Buffers are those of its state that are shaped like the parameters (momentum, moments); other entries, such as Adam's
-    step, stay when buffers are averaged, and go when they are emptied. ``skip`` says that the step is not to be taken, as
+    step, stay when buffers are averaged, and go when they are emptied. `Live.skip` says that the step is not to be taken, as
     a `GradScaler` asks: it counts, and averages are not skipped.
     """
 
@@ -39,31 +54,28 @@ class UserRule(Rule):
     direct: bool = False
     """Whether gradients come to it as the model has them, whatever else the method does: they need not be put together then,
     and stand for themselves as a gradient of no elements."""
-    live: dict[str, Any] = field(
-        default_factory=lambda: {"skip": False, "resets": 0, "counted": None, "rate": None, "pace": ()}
-    )
-    """Whether to skip the next step; how often the optimizer's state was emptied, and the tensor that last said so; the
-    last step's rate, and what it has added to ``step`` and ``rates``: tensors, as numbers would be made such each time."""
+    live: Live = field(default_factory=Live)
+    """What it remembers from step to step."""
 
     def init(self, x: Tensor) -> Borrowed:
         return Borrowed(count(x), count(x), count(x), ())
 
     def step(self, state: Borrowed, x: Tensor, g: Tensor) -> tuple[Borrowed, Tensor]:
         live, flat, optimizer = self.live, self.flat, self.optimizer
-        if state.resets is not live["counted"]:  # else nobody has emptied it, and a GPU need not be waited for
-            if int(state.resets) != live["resets"]:
+        if state.resets is not live.resets:  # else nobody has emptied it, and a GPU need not be waited for
+            if int(state.resets) != int(live.resets):
                 optimizer.state.clear()
-            live["resets"], live["counted"] = int(state.resets), state.resets
+            live.resets = state.resets
         self._load(state.loaded)
         flat.hold(x)
         if g.numel():
             flat.put_gradient(g)
         rate = float(optimizer.param_groups[0]["lr"])
-        if rate != live["rate"]:
-            live["rate"], live["pace"] = rate, (count(x) + 1, count(x) + rate)
-        if not live["skip"]:
+        if rate != live.rate:
+            live.rate, live.pace = rate, (count(x) + 1, count(x) + rate)
+        if not live.skip:
             optimizer.step()
-        one, more = live["pace"]
+        one, more = live.pace
         return Borrowed(state.step + one, state.rates + more, state.resets, ()), flat.read()
 
     def buffers(self, state: Borrowed) -> tuple[Tensor, ...]:

@@ -406,9 +406,9 @@ class Peer(Driver):
 
     def _listen(self, caller: Caller) -> NoReturn:
         """Take all that a peer says, but for what the loop takes."""
-        met = 0
         while not self.rounds:  # whose loop waits for nobody in particular
             self._hear_out(caller)
+        met = 0
         while True:
             if caller.met != met:  # it comes for the next one as well, and need not wake this thread for it
                 met = caller.met

@@ -155,7 +155,7 @@ class Replica:
             for part in [g] if g.numel() else [local(p.grad) for p in self.flat.parameters if p.grad is not None]:
                 part.div_(scale.to(part))
         if self.rule is not None:
-            self.rule.live["skip"] = skip
+            self.rule.live.skip = skip
         self.worker.step(g, float("nan") if loss is None else float(torch.as_tensor(loss).detach()))
         self._take()
         if self.team.any(self._leaving) and self.worker.free:
