@@ -544,16 +544,24 @@ def test_gradients_are_taken_abreast_where_one_by_one_is_measured_to_be(
 
 
 def test_gradients_abreast_are_taken_at_the_same_time() -> None:
-    both, calls = threading.Barrier(2, timeout=60), itertools.count()
+    """The second of each copy; the first shows that it does not draw, and is taken alone."""
+    both = threading.Barrier(2, timeout=60)
 
-    def meet(g: Tensor) -> Tensor:
-        if next(calls) in (2, 3):  # the first of each copy shows that it does not draw, alone
+    class Meeting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.calls = plain(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return backwards(self.meet if self.calls == 2 else torch.clone)(self.layer(x))
+
+        def meet(self, g: Tensor) -> Tensor:
             both.wait()
-        return g
+            return g
 
-    run = ob.simulate(
-        ob.methods.ASGD(lr=0.01), problem(lambda: Behind(backwards(meet))), ob.Cluster(2), gradients=6, abreast=2
-    )
+    cluster = ob.Cluster(2, ob.Fixed(1.0))  # in turn, so that a copy that waits never holds up the event that frees it
+    run = ob.simulate(ob.methods.ASGD(lr=0.01), problem(Meeting), cluster, gradients=6, abreast=2)
     assert len(run.trace) == 6
 
 
