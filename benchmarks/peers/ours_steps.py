@@ -1,22 +1,25 @@
-"""offbeat: workers that find each other as under torchrun, where rank 0 hosts the run; methods of each kind."""
+"""offbeat: workers that find each other as under torchrun, where rank 0 hosts the run; methods of each kind, by their own
+rules or, as in ``LocalSGD, torch.optim``, by torch's optimizer."""
 
-from work import batches, loss, model, optimizer, said, timed
+from work import PERIOD, batches, loss, model, optimizer, said, timed
 
 import offbeat as ob
 
 net = model()
-REPLICAS = {
-    "ASGD": lambda: ob.Replica(net, ob.methods.ASGD(lr=0.01)),
-    "DANA-Zero": lambda: ob.Replica(net, ob.methods.DanaZero(lr=0.01)),
-    "AllReduce": lambda: ob.Replica(net, ob.methods.AllReduce(), optimizer=optimizer(net)),
-    "LocalSGD": lambda: ob.Replica(net, ob.methods.LocalSGD(period=8), optimizer=optimizer(net)),
-    "SlowMo": lambda: ob.Replica(net, ob.methods.SlowMo(period=8, beta=0.5), optimizer=optimizer(net)),
-    "DiLoCo": lambda: ob.Replica(net, ob.methods.DiLoCo(period=8), optimizer=optimizer(net)),
-    "D-PSGD": lambda: ob.Replica(net, ob.methods.DPSGD(), optimizer=optimizer(net)),
-    "SGP": lambda: ob.Replica(net, ob.methods.SGP(), optimizer=optimizer(net)),
-    "AD-PSGD": lambda: ob.Replica(net, ob.methods.ADPSGD(), optimizer=optimizer(net)),
+sgd = ob.SGD(0.01, momentum=0.9)
+METHODS = {
+    "ASGD": ob.methods.ASGD(lr=0.01),
+    "DANA-Zero": ob.methods.DanaZero(lr=0.01),
+    "AllReduce": ob.methods.AllReduce(sgd),
+    "LocalSGD": ob.methods.LocalSGD(ob.Local(sgd), period=PERIOD),
+    "SlowMo": ob.methods.SlowMo(ob.Local(sgd), period=PERIOD, beta=0.5),
+    "DiLoCo": ob.methods.DiLoCo(ob.Local(sgd), period=PERIOD),
+    "D-PSGD": ob.methods.DPSGD(sgd),
+    "SGP": ob.methods.SGP(sgd),
+    "AD-PSGD": ob.methods.ADPSGD(sgd),
 }
-replica = REPLICAS[said()]()
+name, _, rule = said().partition(", ")
+replica = ob.Replica(net, METHODS[name], optimizer=optimizer(net) if rule == "torch.optim" else None)
 batch = batches(replica.id)
 
 

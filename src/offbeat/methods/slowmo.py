@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.descent import axpy
 from ..core.method import Message
 from ..core.periodic import Nested, OuterMethod
 from ..core.values import require
@@ -63,8 +64,8 @@ class SlowMo(OuterMethod, name="slowmo"):
     def outer(self, slow: Slow, inner: Any, x: Tensor) -> tuple[Slow, Tensor]:
         steps, rates = self.inner.pace(inner)
         gamma, moved = (rates - slow.rates) / (steps - slow.steps).clamp(min=1.0), slow.x - x
-        x = slow.x - self.alpha * (gamma * self.beta * slow.u + moved)
-        u = self.beta * slow.u + torch.where(gamma > 0, 1 / gamma, 0.0) * moved
+        x = axpy(-self.alpha, axpy(gamma * self.beta, slow.u, moved), slow.x)
+        u = axpy(torch.where(gamma > 0, 1 / gamma, 0.0), moved, self.beta * slow.u)
         return Slow(x, u, steps, rates), x
 
     def reseat(self, slow: Slow, x: Tensor) -> Slow:

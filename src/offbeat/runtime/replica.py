@@ -32,6 +32,8 @@ from .team import Team, Together
 from .worker import Alone, Driver, Parse, Remote, Worker
 
 T = TypeVar("T")
+IN_PLACE = torch.empty(0)
+"""What a worker is given where its gradient stays in the model."""
 
 
 class Replica:
@@ -227,7 +229,7 @@ class Replica:
         """What the worker is given: the gradient [d], or nothing where the user's optimizer finds it in the model."""
         if self._direct:
             self.flat.complete()
-            return self.worker.x.new_empty(0)
+            return IN_PLACE
         return self.flat.gradient() if self.worker.keeps and self.rule is None else self.flat.gather()
 
     def _own(self) -> None:
