@@ -107,19 +107,27 @@ def bare(sock: socket.socket, transport: str, size: int, accepts: bool) -> tuple
     if transport == "gloo":
         pair = GlooLink(sock, "the other end", TIMEOUT, accepts)
         pair.meet()
-        return pair.put, lambda: pair.take(size)
+        group = pair.pair
+        assert group is not None
+
+        def came() -> Tensor:
+            data = torch.empty(size, dtype=torch.uint8)
+            group.recv(data, pair.other)
+            return data
+
+        return pair.put, came
     path = "" if accepts else sock.recv(64).decode().strip()
     link = SharedLink(sock, "the other end", TIMEOUT, (size, size), path)
     if accepts:
         sock.sendall(f"{link.path:<64}".encode())
 
     def put(data: Tensor) -> None:
-        next(link.put_at).copy_(data)
+        next(link.put_at).part(size)[0].copy_(data)
         link._write(b"!")
 
     def take() -> Tensor:
         link._read(1, "a byte")
-        return next(link.take_at).clone()
+        return next(link.take_at).part(size)[0].clone()
 
     return put, take
 

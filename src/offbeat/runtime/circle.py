@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .link import Link, SharedLink, look_out
-from .message import Corrupt, Form, Header, Kind
+from .message import Corrupt, Header, Kind
 
 SMALL = 1 << 16
 """Bytes up to which each member adds up whole vectors; above, each adds up a part of them for all."""
@@ -32,7 +32,6 @@ class Circle:
     def __init__(self, links: dict[int, Link], rank: int, head: Header) -> None:
         self.links, self.rank, self.size, self.head = links, rank, len(links) + 1, head._replace(kind=Kind.SHARE)
         self.turn = 0
-        self.forms: dict[tuple[int, torch.dtype], Form] = {}  # of the vectors that are swapped
 
     def sum(self, data: Tensor) -> None:
         """Put the sum of all members' ``data`` [d] into each one's: the same bits, as all add up in one order.
@@ -61,22 +60,16 @@ class Circle:
         self.turn += 1
         head = self.head._replace(version=self.turn)
         for rank, link in self.links.items():
-            link.send(head, self._form(out[rank]).pack(out[rank]))
+            link.send(head, out[rank].view(torch.uint8))
         came = {}
         for rank, link in self.links.items():
-            form = self._form(like[rank])
             look_out(partial(link.waiting, 0))
-            frame = link.recv({Kind.SHARE: form.bytes}, "its part of an average", lent={Kind.SHARE})
+            due = {Kind.SHARE: like[rank].nbytes}
+            frame = link.recv(due, "its part of an average", lent=due)
             if frame.header.version != self.turn:
                 raise Corrupt(f"{link.name} is at average {frame.header.version}, and this one at {self.turn}")
-            came[rank] = form.unpack(frame.payload)
+            came[rank] = frame.payload.view(like[rank].dtype) if due[Kind.SHARE] else like[rank]
         return came
-
-    def _form(self, data: Tensor) -> Form:
-        key = len(data), data.dtype
-        if key not in self.forms:
-            self.forms[key] = Form.of(data)
-        return self.forms[key]
 
     def _add(self, mine: Tensor, others: dict[int, Tensor]) -> None:
         """Add up into ``mine``, in the order of ranks."""

@@ -21,7 +21,7 @@ import torch.distributed
 from torch import Tensor
 
 from .link import Link, LinkLost
-from .message import Corrupt, Header, Kind
+from .message import Corrupt, Header, Kind, checksum
 
 c10d: Any = torch.distributed  # whose types do not name stores and process groups
 
@@ -103,14 +103,14 @@ class GlooLink(Link):
         except LinkLost as lost:
             raise LinkLost(f"{self.name} took no payload ({lost})") from None
 
-    def take(self, length: int, lent: bool = False) -> Tensor:
+    def take(self, length: int, lent: bool = False) -> tuple[Tensor, int]:
         assert self.pair is not None
         data = self._room(length, lent)
         try:
             self.pair.recv(data, self.other)
         except LinkLost as lost:
             raise LinkLost(f"{self.name} gave no payload ({lost})") from None
-        return data
+        return data, checksum(data)
 
     def close(self) -> None:
         super().close()

@@ -37,6 +37,7 @@ AT_ONCE = 4096
 LOOKOUT = 3e-4
 """Seconds for which to look out for what must be about to come, before one sleeps: about what two wake-ups take."""
 NOTHING = torch.empty(0, dtype=torch.uint8)
+WORD = (1 << 64) - 1
 NO = bytes(32)
 """In the place of a proof: the token is not the run's. Said in full, for a server that dies meanwhile says nothing."""
 
@@ -111,23 +112,20 @@ class Link:
         return None
 
     def lay(self, data: Tensor) -> int:
-        """Before the header goes: the seal of ``uint8 Tensor[n]``, which may be laid where the other end finds it."""
-        return self.seal(data)
-
-    def seal(self, data: Tensor) -> int:
-        """What tells whether a payload has come as it was sent."""
+        """Before the header goes: the seal of ``uint8 Tensor[n]``, which tells whether it has come as it was sent. It may be laid
+        where the other end finds it."""
         return checksum(data)
 
     def put(self, data: Tensor) -> None:
         """After the header has gone: send ``uint8 Tensor[n]`` to the other end, which takes it."""
         self._write(view(data))
 
-    def take(self, length: int, lent: bool = False) -> Tensor:
-        """The ``length`` bytes that the other end puts, ``uint8 Tensor[length]``: the caller's own, or ``lent`` until the
-        other end puts the next."""
+    def take(self, length: int, lent: bool = False) -> tuple[Tensor, int]:
+        """The ``length`` bytes that the other end puts, ``uint8 Tensor[length]``, the caller's own or ``lent`` until the other
+        end puts the next; and their seal."""
         data = self._room(length, lent)
         self._read_into(view(data))
-        return data
+        return data, checksum(data)
 
     def _room(self, length: int, lent: bool) -> Tensor:
         """Memory for a payload; where it is lent always the same, as fresh memory costs more than to fill it."""
@@ -155,17 +153,15 @@ class Link:
         text = b"" if note is None else json.dumps(note).encode()
         if len(text) > NOTE:
             raise ValueError(f"a note of {len(text)} bytes: at most {NOTE} are taken")
-        header = header._replace(note=len(text))
-        if payload is not None and not payload.numel():
-            payload = None  # the other end takes nothing
+        length = 0 if payload is None else payload.numel()
         with self.sending:
-            if payload is None:
-                self._write(header.pack() + text)
+            if payload is None or not length:  # the other end takes nothing
+                self._write(header._replace(note=len(text)).pack() + text)
             else:
-                header = header._replace(length=payload.numel(), checksum=self.lay(payload))
+                header = header._replace(length=length, checksum=self.lay(payload), note=len(text))
                 self._write(header.pack() + text)
                 self.put(payload)
-        self.sent_bytes += header.length
+        self.sent_bytes += length
 
     def recv(self, due: dict[Kind, int], what: str, patient: bool = False, lent: Collection[Kind] = ()) -> Frame:
         """The next frame that is no sign of life. ``due`` says which kinds may come, and how many bytes each has.
@@ -188,8 +184,10 @@ class Link:
                 raise Corrupt(
                     f"{self.name} announced {header.length} bytes of {header.kind.name} where {due[header.kind]} are due{CURE}"
                 )
-            payload = self.take(header.length, header.kind in lent) if header.length else NOTHING
-            if header.length and self.seal(payload) != header.checksum:
+            if not header.length:
+                return Frame(header, note, NOTHING)
+            payload, seal = self.take(header.length, header.kind in lent)
+            if seal != header.checksum:
                 raise Corrupt(f"{self.name} sent {header.length} bytes that do not meet their checksum")
             return Frame(header, note, payload)
 
@@ -273,6 +271,23 @@ class Link:
             return came
 
 
+class _Slot:
+    """Shared memory for one payload at a time."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.parts: dict[int, tuple[Tensor, memoryview]] = {}  # by their lengths, which are few
+
+    def part(self, length: int) -> tuple[Tensor, memoryview]:
+        """Its first ``length`` bytes, and the words that seal them: some, a page or more apart, the last one among them.
+        Nothing is carried that could be damaged, but what lies there might be another message."""
+        if length not in self.parts:
+            words = view(self.memory[: -(-length // 8) * 8]).cast("Q")
+            apart = max(512, len(words) // 1024)
+            self.parts[length] = self.memory[:length], words[(len(words) - 1) % apart :: apart]
+        return self.parts[length]
+
+
 class SharedLink(Link):
     """Payloads go through memory that both processes of one machine map; the socket only says that they are there.
 
@@ -309,34 +324,28 @@ class SharedLink(Link):
             self._forget()
         else:
             out, into = memory[:mine], memory[mine:total]
-        self.put_at, self.take_at = cycle(out.chunk(places)), cycle(into.chunk(places))
+        self.put_at, self.take_at = (cycle(map(_Slot, part.chunk(places))) for part in (out, into))
         self.next = next(self.put_at)
 
     def offer(self) -> dict[str, Any]:
         return {"path": self.path}
 
     def room(self, length: int) -> Tensor:
-        return self.next[:length]
+        return self.next.part(length)[0]
 
     def lay(self, data: Tensor) -> int:
-        here, self.next = self.next, next(self.put_at)
-        if data.data_ptr() != here.data_ptr():
-            here[: data.numel()].copy_(data)
-        return self.seal(data)
-
-    def seal(self, data: Tensor) -> int:
-        """Some words, a page or more apart, the last word among them: nothing is carried that could be damaged, but what lies
-        there might be another message."""
-        words = view(data).cast("Q")
-        apart = max(512, len(words) // 1024)
-        return sum(words[(len(words) - 1) % apart :: apart]) & ((1 << 64) - 1)
+        part, marks = self.next.part(data.numel())
+        self.next = next(self.put_at)
+        if data.data_ptr() != part.data_ptr():
+            part.copy_(data)
+        return sum(marks) & WORD
 
     def put(self, data: Tensor) -> None:
         pass  # it is there
 
-    def take(self, length: int, lent: bool = False) -> Tensor:
-        data = next(self.take_at)[:length]
-        return data if lent else data.clone()
+    def take(self, length: int, lent: bool = False) -> tuple[Tensor, int]:
+        part, marks = next(self.take_at).part(length)
+        return part if lent else part.clone(), sum(marks) & WORD
 
     def close(self) -> None:
         super().close()

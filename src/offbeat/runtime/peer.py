@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -181,7 +181,7 @@ class Peer(Driver):
     def _enter_together(self) -> None:
         """All ranks begin with the same round: the first one that is open to all of them."""
         for rank in range(self.team.size):  # the first coordinator says which worker this is
-            with self.team.together():
+            with self.team:
                 if rank == self.team.rank:
                     self._greet()
             self.worker = self.team.first(self.worker)
@@ -190,12 +190,12 @@ class Peer(Driver):
         wanted = self.team.highest(self.open + (self.ahead if running else 0))
         if running and isinstance(self.method, PeriodicMethod):
             wanted = self.method.boundary(wanted)
-        with self.team.together():
+        with self.team:
             given = self._call(Kind.ENTER, {"round": wanted}, "the coordinator's word to come in")["round"]
         if several and self.team.any(given != wanted):  # one was too late for it
             self.ahead *= 2
             raise LinkLost(f"round {wanted} is no longer open to all ranks of this worker")
-        with self.team.together():
+        with self.team:
             self._begin_life()
         if several and self.team.any(self.node.step != self.team.first(self.node.step)):
             raise LinkLost("the ranks of this worker were given different rounds to begin with")
@@ -848,7 +848,7 @@ class Peer(Driver):
 
     def _reduce(self, request: AllReduce) -> Message:
         """The mean over the members who live, by a process group among them; again without who dies meanwhile."""
-        with self.team.together():
+        with self.team:
             part = self._mean(request._replace(msg=self.team.cut(request.msg)))
         return self.team.join(part, self.x0.numel())
 
@@ -857,7 +857,7 @@ class Peer(Driver):
             self._diverged("what it would average is not finite")
         round, members = request.round or 0, request.members
         self.turn = round, self.turn[1] + 1 if self.turn[0] == round else 0
-        living = tuple((m, self._life(m, round)) for m in members if self._life(m, round))
+        living = tuple((m, life) for m in members if (life := self._life(m, round)))
         key = members, sum(t.nbytes for t in leaves(request.msg))
         standing = self.groups.get(key)
         if standing is not None and standing.living != living:
@@ -902,21 +902,22 @@ class Peer(Driver):
     def _sum(self, message: Message, standing: Standing) -> Mean:
         """The mean over the members of a group, which is made at its first average."""
         ranks, name = standing.ranks, standing.name
-        parts = leaves(message)
-        flats = {
-            dtype: torch.cat([t.reshape(-1) for t in parts if t.dtype == dtype]).cpu()
-            for dtype in dict.fromkeys(t.dtype for t in parts)  # in one order at all members, as a set has not
-        }
+        kinds: dict[torch.dtype, list[Tensor]] = {}  # in one order at all members
+        for t in leaves(message):
+            kinds.setdefault(t.dtype, []).append(t)
+        flats = {dtype: torch.cat([t.reshape(-1) for t in parts]).cpu() for dtype, parts in kinds.items()}
         if len(ranks) > 1 and standing.group is None:
             make = self._circle if self._near(ranks) else self._group
             standing.group = make(name, ranks, max(flat.nbytes for flat in flats.values()))
-        for flat in flats.values():
+        pieces: dict[torch.dtype, Iterator[Tensor]] = {}
+        for dtype, flat in flats.items():
             if standing.group is not None:
                 standing.group.sum(flat)
                 self.sent += 2 * flat.nbytes * (len(ranks) - 1) // len(ranks)  # as a ring does
                 flat /= len(ranks)
-        pieces = {d: iter(torch.split(flat, [t.numel() for t in parts if t.dtype == d])) for d, flat in flats.items()}
-        means = [next(pieces[t.dtype]).view(t.shape).to(t.device) for t in parts]
+            sizes = [t.numel() for t in kinds[dtype]]
+            pieces[dtype] = iter(torch.split(flat, sizes) if len(sizes) > 1 else (flat,))
+        means = [next(pieces[t.dtype]).view(t.shape).to(t.device) for t in leaves(message)]
         return Mean(f"{name} at {self.turn}", ranks, self.turn, rebuild(message, means))
 
     def _near(self, ranks: tuple[int, ...]) -> bool:
@@ -1024,15 +1025,15 @@ class Peer(Driver):
         self.computes.append(now - self._since)
         self.since += self._used
         self.used, self._used = self.used + self._used, 0
-        if not finite(g):
+        if g.numel() and not finite(g):
             self._diverged("its gradient is not finite")
         try:
-            with self.team.together():
+            with self.team:
                 self._go_on()
                 if time.monotonic() - self.said > 1.0:  # in the middle of a long block
                     self._tell(Kind.STEP, {})
                 with self.monitor:
-                    self._did("step", self.node.step)
+                    self.deeds.append(["step", self.node.step])
                     request = self.loop.send(g)
                 self._drive(request)
             self._share()
@@ -1053,13 +1054,13 @@ class Peer(Driver):
     def more(self) -> list[int]:
         while True:
             try:
-                with self.team.together():
+                with self.team:
                     self._go_on()
                 self._share()
                 if self.tickets:
                     return []
                 note = {"want": 1, "more": True}
-                with self.team.together():
+                with self.team:
                     tickets = self._call(Kind.BEGIN, note, "minibatches")["tickets"] if not self.team.rank else []
                 return list(self.team.first(tickets))
             except LinkLost as lost:

@@ -8,8 +8,6 @@ to a whole message are the first rank's for all. What breaks for one rank breaks
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -94,18 +92,15 @@ class Team:
         """Whether any rank says so."""
         return bool(self.highest(int(flag)))
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """What is lost inside by one rank is lost by all, who get it as `Agreed`."""
-        lost: Exception | None = None
-        try:
-            yield
-        except Agreed:
-            raise
-        except (LinkLost, Corrupt) as error:
-            lost = error
-        if self.any(lost is not None):
-            raise Agreed(str(lost or "another rank of this worker has lost its link"))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        lost = isinstance(error, LinkLost | Corrupt)
+        if isinstance(error, Agreed) or (error is not None and not lost):
+            return
+        if self.any(lost):
+            raise Agreed(str(error or "another rank of this worker has lost its link")) from error
 
 
 class Together(Exchange):
@@ -118,7 +113,7 @@ class Together(Exchange):
     def join(self) -> Terms:
         terms: Terms | None = None
         for rank in range(self.team.size):  # the first server says which worker this is
-            with self.team.together():
+            with self.team:
                 if rank == self.team.rank:
                     terms = self.mine.join()
             self.mine.worker = self.team.first(self.mine.worker)
@@ -127,21 +122,21 @@ class Together(Exchange):
         return self.team.first(terms._replace(reply=()))._replace(reply=reply)
 
     def push(self, msg: Message, gradients: int, note: dict[str, Any]) -> None:
-        with self.team.together():
+        with self.team:
             self.mine.push(self.team.cut(msg), gradients, note)
 
     def reply(self) -> tuple[Message, list[int]]:
-        with self.team.together():
+        with self.team:
             reply, tickets = self.mine.reply()
         return self.team.join(reply, self.parameters), self.team.first(tickets)
 
     def more(self, want: int) -> list[int]:
-        with self.team.together():
+        with self.team:
             tickets = self.mine.more(want) if not self.team.rank else []
         return self.team.first(tickets)
 
     def master(self) -> Tensor:
-        with self.team.together():
+        with self.team:
             part = self.mine.master()
         x: Tensor = self.team.join(part, self.parameters)
         return x
