@@ -186,3 +186,41 @@ def test_who_leaves_a_circle_is_seen_at_once(circles: Callable[[int, int], list[
     threading.Timer(0.1, members[2].close).start()
     with pytest.raises(LinkLost, match="member"):
         members[0].sum(torch.ones(100))
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_shared_memory_is_pinned_where_a_gpu_is_in_use(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no longer than it is shared; where it cannot be, that is told by nothing that comes later."""
+    pinned, launches = dict[int, int](), list[int]()
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(address: int, size: int, flags: int) -> int:
+            if not refused:
+                pinned[address] = size
+            return int(refused)
+
+        @staticmethod
+        def cudaHostUnregister(address: int) -> int:
+            del pinned[address]
+            return 0
+
+    def launch(size: int, device: str) -> None:
+        launches.append(size)
+        raise RuntimeError("CUDA error: the memory cannot be pinned")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "zeros", launch)
+    ends = [Link(end, "the other end", 5.0) for end in socket.socketpair()]
+    one = joint(ends[0], 1000)
+    other = joint(ends[1], 1000, one.path)
+    monkeypatch.undo()
+    assert len(pinned) == (0 if refused else 2)  # each end maps it at an address of its own
+    assert len(launches) == 2 * refused
+    assert all(size >= 4000 for size in pinned.values()), "two places each way"
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    one.close()
+    other.close()
+    other.close()
+    assert not pinned
