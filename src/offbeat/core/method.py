@@ -254,4 +254,4 @@ class GradientServer(ServerMethod):
         return w.g
 
     def pull(self, w: Oracle, reply: Tensor) -> Oracle:
-        return Oracle(reply, w.g)
+        return self.init(reply)  # which does not hold on to a gradient that is used up
