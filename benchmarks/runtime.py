@@ -122,12 +122,12 @@ def bare(sock: socket.socket, transport: str, size: int, accepts: bool) -> tuple
         sock.sendall(f"{link.path:<64}".encode())
 
     def put(data: Tensor) -> None:
-        next(link.put_at).part(size)[0].copy_(data)
+        next(link.put_at).part(size).copy_(data)
         link._write(b"!")
 
     def take() -> Tensor:
         link._read(1, "a byte")
-        return next(link.take_at).part(size)[0].clone()
+        return next(link.take_at).part(size).clone()
 
     return put, take
 

@@ -254,4 +254,4 @@ class GradientServer(ServerMethod):
         return w.g
 
     def pull(self, w: Oracle, reply: Tensor) -> Oracle:
-        return self.init(reply)  # which does not hold on to a gradient that is used up
+        return Oracle(reply, reply)  # as `init`: the gradient is used up, and need not be held on to

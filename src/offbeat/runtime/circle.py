@@ -65,10 +65,10 @@ class Circle:
         for rank, link in self.links.items():
             look_out(partial(link.waiting, 0))
             due = {Kind.SHARE: like[rank].nbytes}
-            frame = link.recv(due, "its part of an average", lent=due)
+            frame = link.recv(due, "its part of an average", lent={Kind.SHARE})
             if frame.header.version != self.turn:
                 raise Corrupt(f"{link.name} is at average {frame.header.version}, and this one at {self.turn}")
-            came[rank] = frame.payload.view(like[rank].dtype) if due[Kind.SHARE] else like[rank]
+            came[rank] = frame.payload.view(like[rank].dtype)
         return came
 
     def _add(self, mine: Tensor, others: dict[int, Tensor]) -> None:

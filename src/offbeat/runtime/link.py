@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..engines.kernel import ALIGNED
-from .message import CURE, NOTE, SIZE, Corrupt, Header, Kind, checksum
+from .message import CURE, NOTE, SIZE, WORD, Corrupt, Header, Kind, checksum, whole
 
 GREETING = b"offbeat runtime 1\n"
 AT_ONCE = 4096
@@ -37,7 +37,6 @@ AT_ONCE = 4096
 LOOKOUT = 3e-4
 """Seconds for which to look out for what must be about to come, before one sleeps: about what two wake-ups take."""
 NOTHING = torch.empty(0, dtype=torch.uint8)
-WORD = (1 << 64) - 1
 NO = bytes(32)
 """In the place of a proof: the token is not the run's. Said in full, for a server that dies meanwhile says nothing."""
 
@@ -278,11 +277,19 @@ class _Slot:
         self.memory = memory
         self.parts: dict[int, tuple[Tensor, memoryview]] = {}  # by their lengths, which are few
 
-    def part(self, length: int) -> tuple[Tensor, memoryview]:
-        """Its first ``length`` bytes, and the words that seal them: some, a page or more apart, the last one among them.
-        Nothing is carried that could be damaged, but what lies there might be another message."""
+    def part(self, length: int) -> Tensor:
+        """Its first ``length`` bytes."""
+        return self._part(length)[0]
+
+    def seal(self, length: int) -> int:
+        """The sum of some of their words, a page or more apart, the last one among them: nothing is carried that could be
+        damaged, but what lies there might be another message."""
+        return sum(self._part(length)[1]) & WORD
+
+    def _part(self, length: int) -> tuple[Tensor, memoryview]:
+        """The bytes, and the words that seal them."""
         if length not in self.parts:
-            words = view(self.memory[: -(-length // 8) * 8]).cast("Q")
+            words = view(self.memory[: whole(length)]).cast("Q")
             apart = max(512, len(words) // 1024)
             self.parts[length] = self.memory[:length], words[(len(words) - 1) % apart :: apart]
         return self.parts[length]
@@ -319,7 +326,7 @@ class SharedLink(Link):
                 f"the memory that {name} offers cannot be mapped ({str(error).splitlines()[0]}); if this comes again, start "
                 "the server with the transport gloo or tcp"
             ) from None
-        self.pinned = pin(memory)
+        self.pinned = _pin(memory)
         if path:
             into, out = memory[:theirs], memory[theirs:total]
             self._forget()
@@ -332,21 +339,22 @@ class SharedLink(Link):
         return {"path": self.path}
 
     def room(self, length: int) -> Tensor:
-        return self.next.part(length)[0]
+        return self.next.part(length)
 
     def lay(self, data: Tensor) -> int:
-        part, marks = self.next.part(data.numel())
-        self.next = next(self.put_at)
+        here, self.next = self.next, next(self.put_at)
+        part = here.part(len(data))
         if data.data_ptr() != part.data_ptr():
             part.copy_(data)
-        return sum(marks) & WORD
+        return here.seal(len(data))
 
     def put(self, data: Tensor) -> None:
         pass  # it is there
 
     def take(self, length: int, lent: bool = False) -> tuple[Tensor, int]:
-        part, marks = next(self.take_at).part(length)
-        return part if lent else part.clone(), sum(marks) & WORD
+        here = next(self.take_at)
+        part = here.part(length)
+        return part if lent else part.clone(), here.seal(length)
 
     def close(self) -> None:
         super().close()
@@ -385,7 +393,7 @@ def _memory(size: int) -> tuple[int, str]:
     return fd, path
 
 
-def pin(memory: Tensor) -> int:
+def _pin(memory: Tensor) -> int:
     """Let a GPU read and write ``memory`` without a copy in between, where this process uses one: its address, 0 if it does not.
 
     Memory that cannot be pinned is used as it is.

@@ -65,6 +65,8 @@ _HEAD = struct.Struct("<4sBBHiIQQQIQI")
 SIZE = _HEAD.size + 4
 """Bytes of a header."""
 MAGIC = b"obt1"
+WORD = (1 << 64) - 1
+"""What a sum of words is taken of: its last 64 bits."""
 NOTE = 1 << 20
 """Bytes that a note may have at most."""
 
@@ -122,20 +124,20 @@ class Form:
     def parts(self) -> list[tuple[int, int, torch.dtype, torch.Size]]:
         """Of each tensor where its bytes begin and end, a multiple of 8 each beginning, its dtype and its shape."""
         wanted = leaves(self.like)
-        begins = accumulate((_whole(t) for t in wanted), initial=0)
+        begins = accumulate((whole(t.nbytes) for t in wanted), initial=0)
         return [(b, b + t.nbytes, t.dtype, t.shape) for b, t in zip(begins, wanted, strict=False)]
 
     @cached_property
     def bytes(self) -> int:
         """Bytes of a message, each tensor beginning at a multiple of 8."""
-        return sum(_whole(t) for t in leaves(self.like))
+        return sum(whole(t.nbytes) for t in leaves(self.like))
 
     def pack(self, message: Message, out: Tensor | None = None) -> Tensor:
         """The message as bytes, ``uint8 Tensor[bytes]``: in ``out`` where given, in which parts of it may lie already; else
         one tensor alone is not copied."""
         parts = leaves(message)
         self.check(parts)
-        if out is None and len(parts) == 1 and _whole(parts[0]) == parts[0].nbytes and parts[0].is_cpu:
+        if out is None and len(parts) == 1 and whole(parts[0].nbytes) == parts[0].nbytes and parts[0].is_cpu:
             only = parts[0].detach().contiguous().reshape(-1)
             if only.storage_offset() * only.element_size() % 8 == 0:  # else its words could not be summed
                 return only.view(torch.uint8)
@@ -168,8 +170,9 @@ class Form:
             raise Corrupt(f"{len(parts)} tensors where {len(wanted)} are due")
 
 
-def _whole(t: Tensor) -> int:
-    return -(-t.nbytes // 8) * 8
+def whole(length: int) -> int:
+    """So many bytes in whole words."""
+    return -(-length // 8) * 8
 
 
 def checksum(data: Tensor) -> int:
@@ -177,7 +180,7 @@ def checksum(data: Tensor) -> int:
 
     Against accidents on the way, such as cut, mixed or flipped bytes; a forger could meet it.
     """
-    return int(data.view(torch.int64).sum()) & ((1 << 64) - 1)
+    return int(data.view(torch.int64).sum()) & WORD
 
 
 def finite(message: Message) -> bool:

@@ -1025,7 +1025,7 @@ class Peer(Driver):
         self.computes.append(now - self._since)
         self.since += self._used
         self.used, self._used = self.used + self._used, 0
-        if g.numel() and not finite(g):
+        if not finite(g):
             self._diverged("its gradient is not finite")
         try:
             with self.team:
@@ -1033,7 +1033,7 @@ class Peer(Driver):
                 if time.monotonic() - self.said > 1.0:  # in the middle of a long block
                     self._tell(Kind.STEP, {})
                 with self.monitor:
-                    self.deeds.append(["step", self.node.step])
+                    self._did("step", self.node.step)
                     request = self.loop.send(g)
                 self._drive(request)
             self._share()
