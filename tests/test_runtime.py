@@ -31,7 +31,8 @@ from offbeat.core.tree import leaves
 from offbeat.engines.replay import replay
 from offbeat.experiment import rerun
 from offbeat.runtime import snapshot
-from offbeat.runtime.host import Terms, Tickets
+from offbeat.runtime.host import Terms
+from offbeat.runtime.leases import Tickets
 from offbeat.runtime.link import GREETING, LinkLost, dial, look_out
 from offbeat.runtime.message import Form
 from offbeat.runtime.place import Place

@@ -33,6 +33,7 @@ from ..engines.simulator import messages
 from ..trace import Evaluation, Event, Incident, Note
 from . import snapshot
 from .journal import Journal
+from .leases import Tickets
 from .link import Link, LinkLost, accept, listen
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 
@@ -84,27 +85,6 @@ class Terms:
             self, "beat", 0 < self.beat < self.timeout, f"must be above 0 and below the timeout, {self.timeout:g} s"
         )
         require(self, "shard", 0 <= self.shard[0] < self.shard[1], "must be a number from 0 on, and how many there are")
-
-
-class Tickets:
-    """Numbers of minibatches, each handed out once; those of a worker that died come back."""
-
-    def __init__(self, total: int | None) -> None:
-        self.total, self.next, self.done = total, 0, 0
-        self.returned: list[int] = []
-
-    def take(self, count: int) -> list[int]:
-        """Up to ``count`` numbers; none where all are handed out.
-
-        Returned ones go first, and the lowest of them: one that is beyond a script's last pass, which came back when a
-        worker left, must not hide one that is still to be done.
-        """
-        self.returned.sort()
-        taken, self.returned = self.returned[:count], self.returned[count:]
-        while len(taken) < count and (self.total is None or self.next < self.total):
-            taken.append(self.next)
-            self.next += 1
-        return taken
 
 
 class OtherKind(Exception):

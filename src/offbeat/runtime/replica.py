@@ -7,7 +7,6 @@ import contextlib
 import signal
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import FrameType
@@ -18,14 +17,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from ..core.gossip import GossipMethod
 from ..core.method import Method, ServerMethod
-from ..core.seeds import derive
 from ..tasks.flat import Flat, flatten, local
 from .host import OtherKind
 from .optimizer import UserRule, lent
+from .passes import shard
 from .peer import Peer, Solitary
 from .place import Place
 from .team import Team, Together
@@ -184,29 +182,7 @@ class Replica:
         After the pass the model holds the parameters that would be shipped now, to evaluate; the next pass puts this
         worker's own back.
         """
-        number, self._passes = self._passes, self._passes + 1
-        self._own()
-        deal: _Deal | None = None
-        batches: Iterable[T]
-        if (
-            isinstance(loader, DataLoader)
-            and not isinstance(loader.dataset, IterableDataset)
-            and loader.batch_sampler is not None
-        ):
-            deal = _Deal(loader, self.worker, number, self.team)
-            batches = _dealt(loader, deal)
-        else:
-            n = self.worker.terms.workers * self.team.size
-            i = (self.id * self.team.size + self.team.rank) % n
-            batches = (item for k, item in enumerate(loader) if k % n == i)
-        for batch in batches:
-            self._own()  # the link may have been mended while the minibatch was asked for
-            if deal and deal.lives.popleft() != self.worker.life:
-                continue  # loaded ahead, and given to somebody else since
-            self.worker.use()
-            yield batch
-        self.flat.write(self.worker.master())
-        self._shown = True
+        return shard(self, loader)
 
     def leave(self, done: bool = True) -> None:
         """Leave the run in good order; the model keeps what it holds. Done at exit, too."""
@@ -300,54 +276,6 @@ def enter(
         with contextlib.suppress(OtherKind):  # it names a method whose workers are peers
             return Worker(remote, say, lend)
     return Peer(place, x0, hello, parse, say, lend, stopped, team)
-
-
-class _Deal(Sampler[list[int]]):
-    """The minibatches of a pass that this worker draws, as indices of the data set."""
-
-    def __init__(self, loader: DataLoader[Any], worker: Driver, number: int, team: Team) -> None:
-        self.loader, self.worker, self.number, self.team = loader, worker, number, team
-        self.orders: dict[int, list[list[int]]] = {}
-        self.lives: deque[int] = deque()  # of the worker, when it drew each minibatch that is still being loaded
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = len(self.loader)
-        while (ticket := self.worker.ticket(before=(self.number + 1) * size)) is not None:
-            self.lives.append(self.worker.life)
-            yield self._order(ticket // size)[ticket % size][self.team.rank :: self.team.size]
-
-    def _order(self, number: int) -> list[list[int]]:
-        """All minibatches of pass ``number``, the same at all workers."""
-        if number not in self.orders:
-            seed = derive(self.worker.terms.seed, number)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                batches = self.loader.batch_sampler
-                for part in (self.loader, self.loader.sampler, batches, getattr(batches, "sampler", None)):
-                    generator = getattr(part, "generator", None)
-                    if isinstance(generator, torch.Generator):
-                        generator.manual_seed(seed)
-                self.orders[number] = [list(batch) for batch in self.loader.batch_sampler or ()]
-        return self.orders[number]
-
-
-def _dealt(loader: DataLoader[T], deal: _Deal) -> DataLoader[T]:
-    """``loader`` with the minibatches that this worker draws."""
-    if isinstance(loader.sampler, DistributedSampler):
-        raise ValueError("the loader has a DistributedSampler: give one without, `shard` does its work")
-    if not len(loader):
-        raise ValueError(f"the loader has no minibatch ({len(loader.dataset)} examples): choose a smaller batch")  # type: ignore[arg-type]
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=deal,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-    )
 
 
 def _say(text: str) -> None:
