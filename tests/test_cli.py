@@ -136,7 +136,7 @@ def test_simulate_leaves_trace_summary_and_page(capsys: pytest.CaptureFixture[st
 
 @pytest.fixture
 def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_page", lambda result, folder: None)
+    monkeypatch.setattr(cli.simulate, "page", lambda result, folder: None)
 
 
 @pytest.mark.usefixtures("_no_page")
@@ -288,7 +288,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(
     capsys: pytest.CaptureFixture[str], command: str, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("taken").write_text("a file")
-    monkeypatch.setattr(cli.Simulation, "run", lambda self: pytest.fail("it ran"))
+    monkeypatch.setattr(cli.simulate.Simulation, "run", lambda self: pytest.fail("it ran"))
     assert cli.main([command, "--task", "quadratic", "--out", folder]) == 2
     assert f"the folder {folder} cannot be written to" in capsys.readouterr().err
 
@@ -308,7 +308,7 @@ def test_a_corrupt_data_file_is_named(capsys: pytest.CaptureFixture[str], monkey
 
 
 def test_an_unexpected_error_still_has_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.Simulation, "run", lambda self: {}["a bug"])
+    monkeypatch.setattr(cli.simulate.Simulation, "run", lambda self: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
         cli.main(["simulate", *QUICK])
 

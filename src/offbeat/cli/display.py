@@ -1,0 +1,127 @@
+"""What the terminal shows: tables, progress, the board of a real run; and the page."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..experiment import show
+from ..trace import Event
+
+out = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def table(titles: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] | None = None) -> Table:
+    """A table; the columns ``right`` are aligned there (None: all but the first)."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for i, title in enumerate(titles):
+        aligned = i > 0 if right is None else i in right
+        table.add_column(escape(title), justify="right" if aligned else "left")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    return table
+
+
+def page(result: Any, folder: Path) -> None:
+    try:
+        from .. import report
+    except ImportError as error:
+        err.print(f"no page: {escape(str(error))}, then offbeat report {shlex.quote(str(folder))}")
+        return
+    out.print(f"page: {report.page(result, folder)}", soft_wrap=True)
+
+
+def command_line(argv: Sequence[str]) -> str:
+    return shlex.join(["offbeat", *argv])
+
+
+Tell = Callable[[int, str], None]
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Tell]:
+    """A function to call with the gradients that are done and a remark: a bar, or lines where there is no terminal."""
+    start = time.monotonic()
+    due = 0.0
+    if not err.is_terminal or os.environ.get("CI"):
+
+        def line(done: int, remark: str) -> None:
+            nonlocal due
+            if done >= due:
+                due = total * (10 * done // total + 1) / 10
+                rate = done / max(1e-9, time.monotonic() - start)
+                err.print(f"{done:,} of {total:,} gradients, {rate:,.0f}/s, {escape(remark)}")
+
+        due = total / 10
+        yield line
+        return
+
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=err, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def move(done: int, remark: str) -> None:
+            nonlocal due
+            now = time.monotonic()
+            if now >= due or done >= total:
+                due = now + 0.25
+                rate = done / max(1e-9, now - start)
+                bar.update(task, completed=done, description=f"{done:,} of {total:,}, {rate:,.0f}/s, {escape(remark)}")
+                bar.refresh()
+
+        yield move
+
+
+def watching(tell: Tell) -> Callable[[Event], None]:
+    """Tells how many events there were, and their running mean loss."""
+    done, loss = 0, 0.0
+
+    def watch(event: Event) -> None:
+        nonlocal done, loss
+        done += 1
+        loss += (event.loss - loss) * max(1 / done, 0.02)
+        tell(done, f"loss {loss:.3g}")
+
+    return watch
+
+
+@contextmanager
+def board(total: int | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function to call with a run's status: a live table, or lines where there is no terminal."""
+    if not err.is_terminal or os.environ.get("CI"):
+        due = 0.0
+
+        def line(status: dict[str, Any]) -> None:
+            nonlocal due
+            if time.monotonic() >= due:
+                due = time.monotonic() + 5
+                rate = sum(w["rate"] for w in status["workers"] if w["rate"] == w["rate"])
+                of = f" of {total:,}" if total else ""
+                err.print(f"{status['gradients']:,}{of} gradients, {rate:,.0f}/s, {len(status['workers'])} workers")
+
+        yield line
+        return
+    with Live(console=err, auto_refresh=False, transient=True) as live:
+
+        def draw(status: dict[str, Any]) -> None:
+            titles = ["worker", "life", "gradients", "per second", "lag", "gap", "loss", "last seen, s"]
+            names = ("worker", "life", "gradients", "rate", "lag", "gap", "loss", "seen")
+            lines = [[show(name, float(w[name])) for name in names] for w in status["workers"]]
+            of = f" of {total:,}" if total else ""
+            head = f"{status['gradients']:,}{of} gradients, {status['seconds']:,.0f} s, {status['refused']} refused"
+            live.update(Group(head, table(titles, lines)), refresh=True)
+
+        yield draw
