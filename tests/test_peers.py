@@ -46,6 +46,8 @@ TOKEN, LIMIT = "secret", 60.0
 class Run:
     """A coordinator and peers as threads of this process, over real sockets."""
 
+    layout: Any = None
+
     def __init__(self, folder: Path, method: ob.Method, workers: int, gradients: int | None, **terms: Any) -> None:
         self.method, self.workers = method, workers
         settings = {"seed": 1, "transport": "tcp", "timeout": 5.0, "beat": 0.2} | terms
@@ -59,7 +61,7 @@ class Run:
         self.threads[0].start()
 
     def enter(self, worker: int) -> Driver:
-        hello = {"problem": repr(PROBLEM), "layout": None}
+        hello = {"problem": repr(PROBLEM), "layout": self.layout}
         return enter(replace(self.place, worker=worker), PROBLEM.x0(), self.method, hello, read, self.said.append)
 
     def start(self, worker: int, act: Callable[[Driver], None]) -> None:

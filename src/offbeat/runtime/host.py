@@ -31,7 +31,7 @@ from ..core.problem import Problem
 from ..core.values import require, require_count
 from ..engines.simulator import messages
 from ..trace import Evaluation, Event, Incident, Note
-from . import snapshot
+from . import layout, snapshot
 from .journal import Journal
 from .leases import Tickets
 from .link import Link, LinkLost, accept, listen
@@ -134,7 +134,7 @@ class Host(ABC):
         self.terms, self.token, self.folder, self.parse, self.say = terms, token, folder, parse, say
         self.method = terms.method
         self.problem = ""
-        self.layout: list[Any] = []
+        self.layout: layout.Layout = []
         self.dtype = torch.float32
         self.parameters = 0
         self.sessions: dict[int, Any] = {}
@@ -256,10 +256,11 @@ class Host(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """The model that would be shipped, by the names of the module's parameters; ``{"x": ...}`` where it has none."""
         x = self.x().detach()
-        if not self.layout or sum(math.prod(shape) for _, shape in self.layout) != x.numel():
+        sizes = [math.prod(shape) for _, shape in self.layout]
+        if not sizes or sum(sizes) != x.numel():  # no module's, or one of several parts
             return {"x": x}
-        parts = torch.split(x, [math.prod(shape) for _, shape in self.layout])
-        return {name: part.view(shape).clone() for (name, shape), part in zip(self.layout, parts, strict=True)}
+        parts = zip(self.layout, torch.split(x, sizes), strict=True)
+        return {name: part.view(shape).clone() for (name, shape), part in parts}
 
     @property
     def seconds(self) -> float:
@@ -438,9 +439,14 @@ class Host(ABC):
                 f"the worker's model has {parameters:,} parameters of {dtype}, the run's has {self.parameters:,} of "
                 f"{self.dtype}: start the same script everywhere"
             )
+        theirs = layout.read(note.get("layout"))
+        if self.parameters and (different := layout.difference(theirs, self.layout)):
+            raise Refused(
+                f"{different}: names, shapes and order must be the same everywhere, so start the same script, and make no "
+                "modules in the order of a set, which differs between processes"
+            )
         if not self.parameters:
-            self.parameters, self.dtype = parameters, dtype
-            self.layout = _layout(note.get("layout"), parameters)
+            self.parameters, self.dtype, self.layout = parameters, dtype, theirs
             self.problem = str(note.get("problem") or "")
 
     def _number(self, note: dict[str, Any]) -> int:
@@ -542,7 +548,7 @@ class Host(ABC):
             content = {
                 "method": repr(self.method),
                 "problem": self.problem,
-                "layout": self.layout,
+                "layout": [tuple(entry) for entry in self.layout],
                 "parameters": self.parameters,
                 "dtype": DTYPES.index(self.dtype),
                 "shard": list(self.terms.shard),
@@ -576,7 +582,7 @@ class Host(ABC):
         assert isinstance(method, Method)
         if not isinstance(method, self.kind):
             raise ValueError(f"{path} is of {said}, a method of another kind: name it with --method")
-        self.method, self.problem, self.layout = method, content["problem"], content["layout"]
+        self.method, self.problem, self.layout = method, content["problem"], layout.read(content["layout"])
         self.parameters, self.dtype = content["parameters"], DTYPES[content["dtype"]]
         there = self._restore(method, content)
         self.incarnation, self.steps = content["incarnation"] + 1_000_000, dict(content["steps"])
@@ -665,16 +671,6 @@ def _float(value: Any) -> float:
 
 def _whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _layout(given: Any, parameters: int) -> list[Any]:
-    """Names and shapes of a module's parameters as a worker has told them; none unless they fit."""
-    try:
-        layout = [(str(name), [int(n) for n in shape]) for name, shape in given]
-    except (TypeError, ValueError, OverflowError):
-        return []
-    fits = sum(math.prod(shape) for _, shape in layout) == parameters
-    return list(layout) if fits and all(n >= 0 for _, shape in layout for n in shape) else []
 
 
 def _floats(values: Any, count: int) -> list[float]:

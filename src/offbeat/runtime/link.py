@@ -239,6 +239,10 @@ class Link:
             raise LinkLost(f"{self.name} has hung up ({error.strerror or error})") from None
 
     def _read(self, length: int, what: str, patient: bool = False) -> bytes:
+        if length > 16 * AT_ONCE:  # a long note, put together where it belongs
+            whole = bytearray(length)
+            self._read_into(memoryview(whole), what)
+            return bytes(whole)
         while (missing := length - len(self.unread)) > 0:
             self.unread += self._fill(self.sock.recv, max(missing, AT_ONCE), what, patient and not self.unread)
         data, self.unread = self.unread[:length], self.unread[length:]

@@ -67,8 +67,9 @@ SIZE = _HEAD.size + 4
 MAGIC = b"obt1"
 WORD = (1 << 64) - 1
 """What a sum of words is taken of: its last 64 bits."""
-NOTE = 1 << 20
-"""Bytes that a note may have at most."""
+NOTE = 1 << 26
+"""Bytes that a note may have at most; the names and shapes of 50,000 parameters take a tenth of that. No header is read before
+the other end has proven that it knows the token."""
 
 
 class Header(NamedTuple):

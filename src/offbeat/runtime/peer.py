@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 PAUSE = 0.005
 """Seconds for which a thread leaves a peer's messages to the loop, which has taken the last one."""
 
+DEEDS = 10_000
+"""How many deeds go in one note: a peer that is visited while it is busy has many to tell."""
+
 
 def talk(method: Method, x: Tensor) -> tuple[Form, Form, Form]:
     """The forms of a peer's message, of the answer to it where it is visited, and of its whole state."""
@@ -571,8 +574,12 @@ class Peer(Driver):
     def _tell(self, kind: Kind, note: dict[str, Any]) -> None:
         """Tell the coordinator something, and what was done since it was last told."""
         with self.monitor:
-            if self.deeds:
-                note["deeds"], self.deeds = self.deeds, []
+            deeds, self.deeds = self.deeds, []
+        while len(deeds) > DEEDS:
+            self.link.send(self.head._replace(kind=Kind.STEP), None, {"deeds": deeds[:DEEDS]})
+            deeds = deeds[DEEDS:]
+        if deeds:
+            note["deeds"] = deeds
         if self.losses:
             note |= {"losses": self.losses, "compute": self.computes, "waited": self.waits, "sent": self.sent}
             self.sent = 0

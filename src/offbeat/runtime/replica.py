@@ -22,6 +22,7 @@ from ..core.gossip import GossipMethod
 from ..core.method import Method, ServerMethod
 from ..tasks.flat import Flat, flatten, local
 from .host import OtherKind
+from .layout import layout_of
 from .optimizer import UserRule, lent
 from .passes import shard
 from .peer import Peer, Solitary
@@ -95,7 +96,6 @@ class Replica:
         if group is None and not self.team.whole:
             raise ValueError("the model is sharded: name the process group of its ranks, as in group=dist.group.WORLD")
         self._leaving = False
-        layout = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
         method = method if method is not None or not place.method else read(place.method)
         x0 = self.flat.read()
         self.rule: UserRule | None = None
@@ -112,7 +112,7 @@ class Replica:
             signal.signal(signal.SIGTERM, self._told)
         try:
             self.worker = enter(
-                place, x0, method, {"layout": layout}, read, _say, lambda: self._leaving, lend, self.team
+                place, x0, method, {"layout": layout_of(model)}, read, _say, lambda: self._leaving, lend, self.team
             )
         except BaseException:
             if told:

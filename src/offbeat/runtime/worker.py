@@ -205,11 +205,7 @@ class Remote(Exchange):
         about = {"worker": self.worker, "parameters": part.stop - part.start, "shard": shard, "want": self.want}
         about |= {"named": self.named or shard[0] > 0, "process": self.process}  # the first server's number is for all
         try:
-            link.send(
-                head,
-                None,
-                self.hello | about | {"machine": machine(), "layout": None if shard[1] > 1 else self.hello["layout"]},
-            )
+            link.send(head, None, self.hello | about | {"machine": machine()})
             frame = link.recv({Kind.WELCOME: 0, Kind.REFUSED: 0}, "its welcome")
             if frame.header.kind == Kind.REFUSED:
                 why = frame.note["why"]
