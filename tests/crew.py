@@ -72,12 +72,14 @@ def rest(before: set[int]) -> None:
 class Serving:
     """A server that runs in a thread of this process."""
 
-    def __init__(self, terms: Terms, folder: Path, resume: bool = False, port: int = 0, token: str = TOKEN) -> None:
+    def __init__(
+        self, terms: Terms, folder: Path, resume: bool = False, port: int = 0, token: str = TOKEN, anew: bool = False
+    ) -> None:
         self.said: list[str] = []
         self.folder = folder
         self.server = RunServer(terms, token, folder, read, self.said.append, port=port)
         try:
-            self.resumed = resume and self.server.resume()
+            self.resumed = resume and self.server.resume(anew)
         except BaseException:
             self.server.close()
             raise

@@ -25,8 +25,8 @@ from offbeat.core.members import Views
 from offbeat.core.method import Local
 from offbeat.core.topology import Ring
 from offbeat.names import read
-from offbeat.runtime import coordinator
-from offbeat.runtime.coordinator import Coordinator, host_for
+from offbeat.runtime import coordinator, snapshot
+from offbeat.runtime.coordinator import Coordinator, host_for, resumed
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import Frame, Link, LinkLost
 from offbeat.runtime.message import Header, Kind
@@ -34,6 +34,7 @@ from offbeat.runtime.peer import Peer
 from offbeat.runtime.place import Place, first_node
 from offbeat.runtime.replica import enter
 from offbeat.runtime.room import Room, Seat
+from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Driver, train
 
 PEERS = [cls for cls in ob.methods.all_methods() if not issubclass(cls, ob.ServerMethod | Local)]
@@ -323,6 +324,19 @@ def test_a_coordinator_starts_again_from_its_snapshot(runs: Callable[..., Run], 
     assert again.tickets.done == 400
     assert PROBLEM.evaluate(x)["loss"] < PROBLEM.evaluate(PROBLEM.x0())["loss"]
     assert any("resumed from" in text for text in run.said)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [(ob.methods.DPSGD(), Coordinator), (ob.methods.DiLoCo(), Coordinator), (ob.methods.ASGD(), RunServer)],
+)
+def test_a_host_is_of_the_kind_that_its_snapshot_needs(tmp_path: Path, method: ob.Method, kind: type) -> None:
+    """Its method may have been named by a worker, which does not name it again."""
+    snapshot.write(tmp_path / "snapshots", 1, {"method": repr(method)})
+    again = resumed(Terms(None, 100), tmp_path, read, print)
+    assert again == Terms(method, 100)
+    assert host_for(again) is kind
+    assert resumed(Terms(None, 100), tmp_path / "none", read, print) == Terms(None, 100)
 
 
 # ---------------------------------------------------------------- what is conserved

@@ -950,17 +950,32 @@ def test_who_has_finished_is_not_waited_for_after_a_resume(serve: Serve, tmp_pat
     again.join()
 
 
-def test_a_new_run_does_not_resume_from_an_old_one_s_snapshots(serve: Serve, tmp_path: Path) -> None:
-    """They are kept beside, and a server that dies before its first own snapshot finds none."""
+def test_all_start_anew_when_a_finished_run_is_resumed_for_more(serve: Serve) -> None:
+    """Workers that had ended their loops are waited for again, each once, whatever its number was before."""
+    run = serve(terms(SGD, None, workers=2))
+    for i in range(2):
+        hire(run.place(i), PROBLEM).leave(done=True)
+    run.join()
+    more = serve(terms(SGD, None, workers=2), resume=True, anew=True)
+    assert not more.server.over()
+    for _ in range(2):
+        hire(more.place(0), PROBLEM).leave(done=True)
+    until(lambda: more.server.status()["finished"] == [0], "the worker's end")
+    assert not more.server.over()
+    hire(more.place(), PROBLEM).leave(done=True)
+    more.join()
+    assert more.server.status()["finished"] == [0, 1]
+
+
+def test_a_new_run_does_not_begin_over_an_old_one_s_snapshots(serve: Serve, tmp_path: Path) -> None:
     run = serve(terms(SGD, 20))
     labour([run.place(0)], PROBLEM)
     finish(run)
-    new = serve(terms(SGD, 20))
-    hire(new.place(0), PROBLEM).leave(done=False)
-    assert any(str(tmp_path / "run/snapshots.before") in line for line in new.said)
-    assert not snapshot.found(tmp_path / "run/snapshots")
-    assert snapshot.found(tmp_path / "run/snapshots.before")
-    new.stop()
+    files = snapshot.found(tmp_path / "run/snapshots")
+    new = RunServer(terms(SGD, 20), TOKEN, tmp_path / "run", ob.names.read, print)
+    with pytest.raises(FileExistsError, match="is of an earlier run: resume it, or choose another folder"):
+        new.run()
+    assert snapshot.found(tmp_path / "run/snapshots") == files
 
 
 @pytest.mark.parametrize(

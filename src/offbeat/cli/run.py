@@ -183,14 +183,16 @@ class Serve(Command):
     evaluations: int = 20
     """How often a task's model is evaluated, evenly over the gradients."""
     resume: bool = False
-    """Go on from the newest whole snapshot in --out, if there is one."""
+    """Go on from the newest whole snapshot in --out, if there is one; all workers are started anew."""
+    again: bool = False
+    """The same where this server alone has ended: workers dial again, and those that have ended their loops are not waited for."""
     status: bool = False
     """Write status as JSON lines to the standard output instead of a table."""
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/server")
     """Where trace, snapshots and model go."""
 
     def run(self, argv: Sequence[str]) -> int:
-        from ..runtime.coordinator import host_for
+        from ..runtime.coordinator import host_for, resumed
         from ..runtime.host import Terms as RunTerms
 
         folder = writable(self.out)
@@ -209,10 +211,12 @@ class Serve(Command):
                 self.every,
                 self.shard,
             )
+            if self.resume or self.again:
+                terms = resumed(terms, folder, read, _log)
             token = os.environ.get("OFFBEAT_TOKEN", "")
             server = host_for(terms)(terms, token, folder, read, _log, self.host, self.port)
-            if self.resume:
-                server.resume()
+            if self.resume or self.again:
+                server.resume(anew=not self.again)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         address = f"{self.host}:{server.port}"

@@ -12,7 +12,9 @@ import ipaddress
 import math
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from ..core.gossip import GossipMethod
 from ..core.method import Method
 from ..core.periodic import PeriodicMethod
 from ..trace import Deeds
-from .host import Diverging, Host, OtherKind, Refused, Session, Terms
+from . import snapshot
+from .host import Diverging, Host, OtherKind, Parse, Refused, Session, Terms
 from .link import Frame, Link, LinkLost, machine
 from .message import Corrupt, Header, Kind, finite
 from .room import Average, Room, Seat
@@ -149,7 +152,7 @@ class Coordinator(Host):
         """The run begins when all who were launched are there, or when they have had time enough to come."""
         with self.changed:
             end = time.monotonic() + self.terms.timeout
-            while first and len(self.founders) < self.terms.workers - self.finished and time.monotonic() < end:
+            while first and len(self.founders) < self.terms.workers - len(self.finished) and time.monotonic() < end:
                 if self.stopping.is_set():
                     return
                 self.changed.wait(0.2)
@@ -175,7 +178,7 @@ class Coordinator(Host):
     def _finish(self, session: Attendance) -> None:
         """A peer's loop has ended: it takes part in nothing more, but others may still talk to it, until all have ended."""
         session.done = True
-        self.finished += 1
+        self.finished.add(session.worker)
         self._without(session)
         self._news()
         self.changed.notify_all()
@@ -431,6 +434,14 @@ def _address(note: dict[str, Any]) -> str:
     except ValueError:
         pass
     raise Refused(f"a peer that listens at {said[:100]}: it must be a numeric address and a port, as in 10.0.0.1:29500")
+
+
+def resumed(terms: Terms, folder: Path, parse: Parse, say: Callable[[str], None]) -> Terms:
+    """``terms`` with the method of the newest whole snapshot in ``folder``, where they name none: the run's first worker had
+    named it, and it decides what hosts the run.
+    """
+    found = None if terms.method is not None else snapshot.newest(folder / "snapshots", say)
+    return terms if found is None else replace(terms, method=parse(found[1]["method"]))
 
 
 def host_for(terms: Terms) -> type[Host]:

@@ -143,7 +143,8 @@ class Host(ABC):
         self.tickets = Tickets(terms.gradients)
         self.incarnation = 0
         self.refused = 0
-        self.finished = 0  # workers whose own loop has ended
+        self.finished: set[int] = set()  # workers whose own loop has ended
+        self.lives: dict[int, int] = {}  # the last life of each worker that has joined
         self.coming: list[int] = []  # numbers of workers that are being welcomed
         self.lock = threading.RLock()
         self.opening = threading.Lock()  # held by the worker that brings the first model
@@ -203,9 +204,13 @@ class Host(ABC):
         """Accept workers until the run is over or `stop` is called; then write what has become of it.
 
         ``watch`` is called some times a second, while training goes on, and ``end`` when everybody has gone.
+        Raises ``FileExistsError`` where the folder has snapshots that this run has not resumed from.
         """
-        if not self.running and snapshot.put_aside(self.folder / "snapshots"):
-            self.say(f"a new run begins: the snapshots of the one before are in {self.folder / 'snapshots.before'}")
+        if not self.running and snapshot.found(self.folder / "snapshots"):
+            self.listener.close()
+            raise FileExistsError(
+                f"{self.folder / 'snapshots'} is of an earlier run: resume it, or choose another folder"
+            )
         threading.Thread(target=self._accept, daemon=True).start()
         due = time.monotonic() + self.terms.every
         while not (self.told or self.stopping.wait(0.2)) and self.other is None:
@@ -225,7 +230,7 @@ class Host(ABC):
             return False
         if self.terms.gradients is not None and self.tickets.done >= self.terms.gradients:
             return True
-        return self.finished >= self.terms.workers
+        return len(self.finished) >= self.terms.workers
 
     def stop(self) -> None:
         """End as soon as possible, with a snapshot. A signal's handler may call it: it takes no lock, as an event would."""
@@ -291,6 +296,9 @@ class Host(ABC):
                 "total": self.terms.gradients,
                 "refused": self.refused,
                 "workers": workers,
+                "lives": dict(self.lives),
+                "steps": dict(self.steps),
+                "finished": sorted(self.finished),
             }
 
     # workers
@@ -338,7 +346,7 @@ class Host(ABC):
             if session is not None:
                 with self.lock:
                     self._gone(session, orderly)
-                    finished = self.finished
+                    finished = session.worker in self.finished
                 if orderly and finished and not self.over():
                     self.save()  # who has finished does not come again, should the server have to
             links.close()
@@ -398,6 +406,7 @@ class Host(ABC):
                 old.link.hang_up()
                 self._gone(old, False)
             self.sessions[worker] = session
+            self.lives[worker] = session.incarnation
             self._join(session, note)
             self._note(Incident(self.seconds, worker, "joined"))
         self.say(f"worker {worker} has joined over {session.link.transport}")
@@ -459,7 +468,7 @@ class Host(ABC):
             mine = asked not in self.coming if before is None else before.process == note.get("process")
             if note.get("named", True) or mine:
                 return int(asked)
-        taken = {*self.sessions, *self.coming}
+        taken = {*self.sessions, *self.coming, *self.finished}
         return next(i for i in range(len(taken) + 1) if i not in taken)
 
     def _start(self, x: Tensor) -> None:
@@ -555,7 +564,7 @@ class Host(ABC):
                 "seconds": self.seconds,
                 "incarnation": self.incarnation,
                 "steps": dict(self.steps),
-                "finished": self.finished,
+                "finished": sorted(self.finished),
                 "tickets": [self.tickets.next, self.tickets.done],
                 "returned": [*self.tickets.returned, *(t for s in self.sessions.values() for t in s.held)],
                 "trace": self.journal.tell(),
@@ -564,10 +573,11 @@ class Host(ABC):
             number = self.snapshots
         return snapshot.write(self.folder / "snapshots", number, content)
 
-    def resume(self) -> bool:
+    def resume(self, anew: bool = False) -> bool:
         """Go on from the newest whole snapshot of the folder; False where there is none.
 
         Whoever was there then is taken for dead, and joins anew. What was done since the snapshot is lost: said in the log.
+        ``anew``: all workers are started anew, so that none has ended its loop; else those that had do not come again.
         """
         found = snapshot.newest(self.folder / "snapshots", self.say)
         if found is None:
@@ -586,7 +596,7 @@ class Host(ABC):
         self.parameters, self.dtype = content["parameters"], DTYPES[content["dtype"]]
         there = self._restore(method, content)
         self.incarnation, self.steps = content["incarnation"] + 1_000_000, dict(content["steps"])
-        self.finished = content["finished"]
+        self.finished = set() if anew else set(content["finished"])
         self.tickets.next, self.tickets.done = content["tickets"]
         self.tickets.returned.extend(content["returned"])
         self.began = time.monotonic() - content["seconds"]

@@ -196,7 +196,7 @@ class Launch:
             time.sleep(0.02)
         for k, one in enumerate(self.servers):  # started again, it goes on where it was, at the same address
             port = self.addresses[k].rpartition(":")[2]
-            one.command = [*(c for c in one.command if c != "--resume"), "--resume", "--port", port]
+            one.command = [*(c for c in one.command if c != "--resume"), "--again", "--port", port]
         return True
 
     def _supervise(self) -> None:

@@ -119,7 +119,8 @@ class RunServer(Host):
             note = frame.note if isinstance(frame.note, dict) else {}
             if frame.header.kind == Kind.LEAVE:
                 with self.lock:
-                    self.finished += bool(note.get("done"))
+                    if note.get("done"):
+                        self.finished.add(session.worker)
                     self._used(session, note.get("used"))
                 return True
             if frame.header.kind == Kind.MASTER:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,16 +71,6 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, An
         except Damaged as damaged:
             say(f"{damaged}; trying the one before")
     return None
-
-
-def put_aside(folder: Path) -> bool:
-    """Rename ``folder`` where it has snapshots, so that a new run cannot take them for its own; whether it had."""
-    if not found(folder):
-        return False
-    before = folder.with_name(f"{folder.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    os.replace(folder, before)
-    return True
 
 
 def _sync(folder: Path) -> None:
