@@ -58,6 +58,8 @@ class Kind(IntEnum):
     SHARE = 22  # a member's part of an average
 
 
+HOST = torch.device("cpu")
+"""Where bytes are that come and go."""
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """What parameters may be; a header names one by its place."""
 
@@ -134,8 +136,8 @@ class Form:
         return sum(whole(t.nbytes) for t in leaves(self.like))
 
     def pack(self, message: Message, out: Tensor | None = None) -> Tensor:
-        """The message as bytes, ``uint8 Tensor[bytes]``: in ``out`` where given, in which parts of it may lie already; else
-        one tensor alone is not copied."""
+        """The message, on any device, as bytes on the host, ``uint8 Tensor[bytes]``: in ``out`` where given, in which parts of it may
+        lie already; else one tensor alone that is on the host is not copied."""
         parts = leaves(message)
         self.check(parts)
         if out is None and len(parts) == 1 and whole(parts[0].nbytes) == parts[0].nbytes and parts[0].is_cpu:
@@ -148,9 +150,9 @@ class Form:
                 place.copy_(t.detach())
         return out
 
-    def unpack(self, data: Tensor) -> Message:
-        """The message in ``data``, as views of it."""
-        places = self._places(data)
+    def unpack(self, data: Tensor, device: torch.device = HOST) -> Message:
+        """The message in ``data``, which is on the host: views of it, or of one copy of it where ``device`` is another."""
+        places = self._places(data if device == HOST else data.to(device))
         return places[0] if isinstance(self.like, Tensor) else rebuild(self.like, places)
 
     def _places(self, data: Tensor) -> list[Tensor]:

@@ -271,7 +271,7 @@ class Peer(Driver):
         with self.monitor:
             self.incarnation = head.incarnation
         if note["model"]:
-            link.send(head._replace(kind=Kind.MODEL), Form.of(self.x0.cpu()).pack(self.x0.cpu()))
+            link.send(head._replace(kind=Kind.MODEL), Form.of(self.x0).pack(self.x0))
         self._spawn(self._accept, listener, head.incarnation)
         self._spawn(self._read, link, head.incarnation)
         self._spawn(self._beats, link, head, float(note["beat"]), self.over)
@@ -320,7 +320,7 @@ class Peer(Driver):
 
     def _read(self, link: Link, life: int) -> None:
         """Take what the coordinator sends: news at once, answers for whoever has asked."""
-        model = Form.of(self.x0.cpu())
+        model = Form.of(self.x0)
         due = {Kind.NEWS: 0, Kind.ANSWER: 0, Kind.MEET: 0, Kind.MODEL: model.bytes, Kind.REFUSED: 0}
         try:
             while True:
@@ -335,7 +335,7 @@ class Peer(Driver):
                     elif frame.header.kind == Kind.REFUSED:
                         raise LinkLost(f"the coordinator refused the last message: {frame.note['why']}")
                     elif self.state is None:
-                        start = model.unpack(frame.payload).to(self.x0.device)
+                        start = model.unpack(frame.payload, self.x0.device)
                         self.state = self.method.init(start), int(frame.header.step)
                         self.deeds.append(["begin", self.state[1]])
                     self.changed.notify_all()
@@ -479,7 +479,7 @@ class Peer(Driver):
         key = header.worker, header.incarnation
         which = (*key, header.version)
         form = self.form if header.kind in (Kind.STATE, Kind.HEIR) else self.message
-        message, round = form.unpack(frame.payload), self._round(link, frame)
+        message, round = form.unpack(frame.payload, self.x0.device), self._round(link, frame)
         if not finite(message):
             raise Corrupt(f"{link.name} sent numbers that are not finite, in step {header.step}")
         answer: Message | None = None
@@ -612,7 +612,7 @@ class Peer(Driver):
                 self._did("sent", self.numbers, answer)
             elif isinstance(request, Ask):
                 frame = self._exchange(Kind.ASK, request.to, request.msg, None)
-                answer = None if frame is None else self.answer.unpack(frame.payload)
+                answer = None if frame is None else self.answer.unpack(frame.payload, self.x0.device)
             elif isinstance(request, Recv):
                 answer = self._receive(request)
             elif isinstance(request, Inbox):
@@ -923,8 +923,9 @@ class Peer(Driver):
                 self.sent += 2 * flat.nbytes * (len(ranks) - 1) // len(ranks)  # as a ring does
                 flat /= len(ranks)
             sizes = [t.numel() for t in kinds[dtype]]
+            flat = flat.to(self.x0.device)
             pieces[dtype] = iter(torch.split(flat, sizes) if len(sizes) > 1 else (flat,))
-        means = [next(pieces[t.dtype]).view(t.shape).to(t.device) for t in leaves(message)]
+        means = [next(pieces[t.dtype]).view(t.shape) for t in leaves(message)]
         return Mean(f"{name} at {self.turn}", ranks, self.turn, rebuild(message, means))
 
     def _near(self, ranks: tuple[int, ...]) -> bool:
@@ -992,10 +993,7 @@ class Peer(Driver):
                 continue
             if frame.header.kind == Kind.REFUSED:
                 raise LinkLost(f"worker {holder} has no average {self.turn} with this one")
-            mean = rebuild(
-                message,
-                [t.to(x.device) for t, x in zip(leaves(form.unpack(frame.payload)), leaves(message), strict=True)],
-            )
+            mean = form.unpack(frame.payload, self.x0.device)
             return Mean(frame.note["name"], tuple(frame.note["ranks"]), self.turn, mean)
 
     def _call_out(self, name: str, entry: tuple[str, bytes]) -> None:
@@ -1139,7 +1137,7 @@ class Peer(Driver):
     def _show(self) -> None:
         """Let the coordinator have the model."""
         with self.monitor:
-            x = self.method.params(self.node.state).detach().cpu()
+            x = self.method.params(self.node.state)
         self.link.send(self.head._replace(kind=Kind.MODEL, step=self.node.step), Form.of(x).pack(x))
 
     def _mend(self, lost: LinkLost) -> None:

@@ -182,13 +182,13 @@ class Remote(Exchange):
             self.oracle = isinstance(method, GradientServer)
             shard.push, shard.reply = forms(method, part.stop - part.start, self.x0.dtype)
             if note["model"]:
-                form = Form(self.x0[part].to("meta"))
-                shard.link.send(shard.head._replace(kind=Kind.MODEL), form.pack(self.x0[part].cpu()))
+                form = Form.of(self.x0[part])
+                shard.link.send(shard.head._replace(kind=Kind.MODEL), form.pack(self.x0[part]))
             frame = self._hear(shard, {Kind.REPLY: shard.reply.bytes}, "its first reply")
             shard.step = frame.header.step
             shard.head = shard.head._replace(version=frame.header.version)
             welcomes.append(note)
-            replies.append(shard.reply.unpack(frame.payload))
+            replies.append(shard.reply.unpack(frame.payload, self.x0.device))
             tickets.append(frame.note["tickets"])
         first = welcomes[0]
         self.beat = first["beat"]
@@ -253,7 +253,7 @@ class Remote(Exchange):
                 )
                 shard.step += self.pushed
                 shard.head = shard.head._replace(version=frame.header.version)
-                replies.append(shard.reply.unpack(frame.payload))
+                replies.append(shard.reply.unpack(frame.payload, self.x0.device))
                 tickets.append(frame.note["tickets"])
             return self._whole(replies), tickets[0]
 
@@ -271,8 +271,8 @@ class Remote(Exchange):
                 form = Form(torch.empty(shard.part.stop - shard.part.start, dtype=self.x0.dtype, device="meta"))
                 shard.link.send(shard.head._replace(kind=Kind.MASTER))
                 frame = self._hear(shard, {Kind.MASTER: form.bytes}, "the model")
-                parts.append(form.unpack(frame.payload))
-        return torch.cat(parts).to(self.x0.device)
+                parts.append(form.unpack(frame.payload, self.x0.device))
+        return torch.cat(parts)
 
     def room(self) -> Tensor | None:
         shard, *others = self.shards
@@ -301,7 +301,7 @@ class Remote(Exchange):
         """One reply of those of all shards."""
         parts = zip(*map(leaves, replies), strict=True)
         whole = [torch.cat(part) if len(part) > 1 and part[0].dim() else part[0] for part in parts]
-        return rebuild(replies[0], [t.to(self.x0.device) for t in whole])
+        return rebuild(replies[0], whole)
 
     def _hang_up(self) -> None:
         for shard in self.shards:
