@@ -261,25 +261,27 @@ class Work(Command):
             os.execv(sys.executable, [sys.executable, *self.script])
         if self.problem is None:
             raise Refused("nothing to do: give a script, or a task such as --problem 'Digits()'")
+        from ..runtime.exit import Member
         from ..runtime.link import LinkLost
         from ..runtime.place import Place
         from ..runtime.replica import enter
         from ..runtime.worker import train
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        stopped: list[int] = []  # no event, whose lock the main thread may hold when the signal comes
-        signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
-        stops = lambda: bool(stopped)  # noqa: E731
+        member = Member(_log)
         with told():
             problem, place = read(self.problem), Place.read()
             method = read(place.method) if place.method else None
             hello = {"problem": repr(problem), "layout": None}
             try:
-                worker = enter(place, problem.x0(), method, hello, read, _log, stops)
-                train(worker, problem, self.speed, self.faults, stops)
+                worker = enter(place, problem.x0(), method, hello, read, _log, member.told)
+                member.joined(worker)
+                train(worker, problem, self.speed, self.faults, member.told)
             except (LinkLost, Failure) as error:
                 err.print(f"offbeat: {escape(str(error))}")
                 return FAILED
+            finally:
+                member.forget()
         return 0
 
 

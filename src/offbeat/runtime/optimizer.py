@@ -140,3 +140,17 @@ def lent(method: Method, optimizer: torch.optim.Optimizer, flat: Flat | Sharded)
         )
 
     return put(method), rule
+
+
+class Lending:
+    """Puts ``optimizer``, where there is one, into the method of each life of a worker."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None, flat: Flat | Sharded) -> None:
+        self.optimizer, self.flat = optimizer, flat
+        self.rule: UserRule | None = None
+        """The optimizer as the rule of this life."""
+
+    def __call__(self, method: Method) -> Method:
+        if self.optimizer is not None:
+            method, self.rule = lent(method, self.optimizer, self.flat)
+        return method

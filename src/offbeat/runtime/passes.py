@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,6 +22,8 @@ T = TypeVar("T")
 def shard(replica: Replica, loader: Iterable[T]) -> Iterator[T]:
     """The minibatches of ``loader`` that fall to this worker: see `Replica.shard`."""
     number, replica._passes = replica._passes, replica._passes + 1
+    replica._member.check()
+    replica._member.unfinished = True
     replica._own()
     deal: _Deal | None = None
     batches: Iterable[T]
@@ -31,7 +33,7 @@ def shard(replica: Replica, loader: Iterable[T]) -> Iterator[T]:
         and loader.batch_sampler is not None
     ):
         deal = _Deal(loader, replica.worker, number, replica.team)
-        batches = _dealt(loader, deal)
+        batches = _dealt(loader, deal, replica._member.patient(loader.worker_init_fn))
     else:
         n = replica.worker.terms.workers * replica.team.size
         i = (replica.id * replica.team.size + replica.team.rank) % n
@@ -42,8 +44,10 @@ def shard(replica: Replica, loader: Iterable[T]) -> Iterator[T]:
             continue  # loaded ahead, and given to somebody else since
         replica.worker.use()
         yield batch
-    replica.flat.write(replica.worker.master())
+    with replica._member.turn():
+        replica.flat.write(replica.worker.master())
     replica._shown = True
+    replica._member.unfinished = False
 
 
 class _Deal(Sampler[list[int]]):
@@ -75,8 +79,8 @@ class _Deal(Sampler[list[int]]):
         return self.orders[number]
 
 
-def _dealt(loader: DataLoader[T], deal: _Deal) -> DataLoader[T]:
-    """``loader`` with the minibatches that this worker draws."""
+def _dealt(loader: DataLoader[T], deal: _Deal, init: Callable[[int], None]) -> DataLoader[T]:
+    """``loader`` with the minibatches that this worker draws; ``init`` is called in each of its processes."""
     if isinstance(loader.sampler, DistributedSampler):
         raise ValueError("the loader has a DistributedSampler: give one without, `shard` does its work")
     if not len(loader):
@@ -88,7 +92,7 @@ def _dealt(loader: DataLoader[T], deal: _Deal) -> DataLoader[T]:
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
+        worker_init_fn=init,
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
     )

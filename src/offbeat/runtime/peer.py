@@ -1076,7 +1076,7 @@ class Peer(Driver):
             x: Tensor = self.method.params(self.node.state)
             return x
 
-    def leave(self, done: bool) -> None:
+    def _leave(self, done: bool) -> None:
         """Go in good order. One that is done can still be talked to until all are; one that goes before hands over what
         others need of it."""
         try:
@@ -1204,5 +1204,5 @@ class Solitary(Driver):
         x: Tensor = self.method.params(self.node.state)
         return x
 
-    def leave(self, done: bool) -> None:
+    def _leave(self, done: bool) -> None:
         pass

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .exit import failed
+
 PORT = 29_400
 """Where rank 0 of a job hosts the run, where nothing else is said: this, or the port after ``MASTER_PORT``."""
 
@@ -99,7 +101,7 @@ class Hosted:
     """The process that hosts a job's run, and says as JSON lines who is there."""
 
     def __init__(self, process: subprocess.Popen[bytes], patience: float) -> None:
-        self.process, self.patience = process, patience
+        self.process, self.patience, self.owner = process, patience, os.getpid()
         self.seen = time.monotonic()  # when a worker was there last
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -114,8 +116,8 @@ class Hosted:
     def wait(self) -> None:
         """Stay until the run is over; one to which nobody comes back is ended, as is one whose own script has failed."""
         began = time.monotonic()
-        while self.process.poll() is None:
-            since = began if hasattr(sys, "last_value") else max(began, self.seen)
+        while self.owner == os.getpid() and self.process.poll() is None:  # a forked child has nobody to wait for
+            since = began if failed() else max(began, self.seen)
             if time.monotonic() - since > self.patience:
                 self.process.terminate()
                 return

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from types import FrameType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -21,9 +17,10 @@ from torch.optim import Optimizer
 from ..core.gossip import GossipMethod
 from ..core.method import Method, ServerMethod
 from ..tasks.flat import Flat, flatten, local
+from .exit import Member
 from .host import OtherKind
 from .layout import layout_of
-from .optimizer import UserRule, lent
+from .optimizer import Lending
 from .passes import shard
 from .peer import Peer, Solitary
 from .place import Place
@@ -49,7 +46,8 @@ class Replica:
     ``model`` is any module with trainable parameters of one dtype and device; move and cast it before. Its buffers
     (running statistics) stay this worker's own. ``method`` may be any; None: the launcher names it. A broken link
     is dialled again for up to ``OFFBEAT_PATIENCE`` seconds. SIGTERM makes the worker finish its step, leave in good order
-    and exit.
+    and exit; see `offbeat.runtime.exit` for what happens where no step comes, and `leave` for the end of a script. A handler
+    for SIGTERM that the script has set before stays in place, and nothing else is done.
 
     Clip, accumulate and scale gradients as with an optimizer: gradients are those of ``model.parameters()`` until `step`,
     and ``scaler.step(replica)`` works. A step that the scaler would skip is taken with a gradient of 0: nobody waits for
@@ -95,35 +93,22 @@ class Replica:
         self.team = Team(group, isinstance(self.flat, Flat))
         if group is None and not self.team.whole:
             raise ValueError("the model is sharded: name the process group of its ranks, as in group=dist.group.WORLD")
-        self._leaving = False
         method = method if method is not None or not place.method else read(place.method)
         x0 = self.flat.read()
-        self.rule: UserRule | None = None
-
-        def lend(method: Method) -> Method:
-            if optimizer is None:
-                return method
-            method, self.rule = lent(method, optimizer, self.flat)
-            return method
-
-        told = threading.current_thread() is threading.main_thread()
-        told = told and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        if told:
-            signal.signal(signal.SIGTERM, self._told)
+        self._lending = Lending(optimizer, self.flat)
+        self._member = Member(_say)
         try:
             self.worker = enter(
-                place, x0, method, {"layout": layout_of(model)}, read, _say, lambda: self._leaving, lend, self.team
+                place, x0, method, {"layout": layout_of(model)}, read, _say, self._member.told, self._lending, self.team
             )
+            self._life = 0  # of the worker, whose parameters the model holds
+            self._shown = False  # whether the model holds the shipped parameters instead
+            self._take()
         except BaseException:
-            if told:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._member.forget()
             raise
-        self._life = 0  # of the worker, whose parameters the model holds
-        self._shown = False  # whether the model holds the shipped parameters instead
-        self._take()
         self._passes = 0
-        self._gone = False
-        atexit.register(self._exit)
+        self._member.joined(self.worker, self)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -145,8 +130,7 @@ class Replica:
 
         ``loss`` is only for the run's table and trace. Raises `Diverged` where the server refuses what is not finite.
         """
-        if self._gone:
-            raise RuntimeError("this replica has left its run: make a new one to go on")
+        self._member.check()
         g, scale = self._gradient(), getattr(self, "grad_scale", None)
         skip = float(getattr(self, "found_inf", 0.0)) > 0
         if skip:
@@ -154,14 +138,18 @@ class Replica:
         elif scale is not None:
             for part in [g] if g.numel() else [local(p.grad) for p in self.flat.parameters if p.grad is not None]:
                 part.div_(scale.to(part))
-        if self.rule is not None:
-            self.rule.live.skip = skip
-        self.worker.step(g, float("nan") if loss is None else float(torch.as_tensor(loss).detach()))
-        self._take()
-        if self.team.any(self._leaving) and self.worker.free:
-            _say(f"worker {self.id} leaves, as SIGTERM asks")
-            self.leave(done=False)
-            raise SystemExit(0)
+        rule = self._lending.rule
+        if rule is not None:
+            rule.live.skip = skip
+        number = float("nan") if loss is None else float(torch.as_tensor(loss).detach())
+        with self._member.turn():
+            self.worker.step(g, number)
+            self._member.stepped()
+            self._take()
+            if self.team.any(self._member.told()) and self.worker.free:
+                _say(f"worker {self.id} leaves, as SIGTERM asks")
+                self.leave(done=False)
+                raise SystemExit(0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, as an optimizer does; `step` has done so already."""
@@ -185,28 +173,34 @@ class Replica:
         return shard(self, loader)
 
     def leave(self, done: bool = True) -> None:
-        """Leave the run in good order; the model keeps what it holds. Done at exit, too."""
-        if not self._gone:
-            self._gone = True
-            self.worker.leave(done)
+        """Leave the run in good order; the model keeps what it holds. ``done`` says that this worker's work is: who is not done is
+        waited for, as another process may go on in its place.
+
+        A script that ends without having left leaves then, and is done where no error ended it and its loops have: its last pass
+        over `shard` was not broken off, or it has made none and taken steps.
+        """
+        self._member.leave(done)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.leave(done=kind is None)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.leave()
+        else:
+            self._member.end(error)
 
     @property
     def _direct(self) -> bool:
         """Whether gradients go from the model to the user's optimizer, and nowhere else."""
-        return self.rule is not None and self.rule.direct
+        return self._lending.rule is not None and self._lending.rule.direct
 
     def _gradient(self) -> Tensor:
         """What the worker is given: the gradient [d], or nothing where the user's optimizer finds it in the model."""
         if self._direct:
             self.flat.complete()
             return IN_PLACE
-        return self.flat.gradient() if self.worker.keeps and self.rule is None else self.flat.gather()
+        return self.flat.gradient() if self.worker.keeps and self._lending.rule is None else self.flat.gather()
 
     def _own(self) -> None:
         """Put the worker's parameters into the model, where it holds others."""
@@ -220,12 +214,6 @@ class Replica:
         self.flat.hold(self.worker.x)
         self.zero_grad()
         self._shown, self._life = False, self.worker.life
-
-    def _told(self, number: int, frame: FrameType | None) -> None:
-        self._leaving = True
-
-    def _exit(self) -> None:
-        self.leave(done=not hasattr(sys, "last_value"))
 
 
 def enter(

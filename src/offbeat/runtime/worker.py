@@ -331,6 +331,8 @@ class Driver(ABC):
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
+        self.using = threading.RLock()  # held by whoever uses it: a thread may have it leave
+        self.left = False
         self.tickets: deque[int] = deque()
         self.life = 0  # how often it has joined
         self.vain = 0  # how many lives in a row have ended before what they brought was taken
@@ -353,11 +355,12 @@ class Driver(ABC):
         return self.request.free
 
     def ticket(self, before: float = math.inf) -> int | None:
-        """The number of a minibatch that nobody else has; None where the next is not ``before`` that, or all are out."""
-        if not self.tickets:
-            more = self.more()  # named first: a new life has other tickets
-            self.tickets.extend(more)
-        return self.tickets.popleft() if self.tickets and self.tickets[0] < before else None
+        """The number of a minibatch that nobody else has; None where the next is not ``before`` that, all are out, or it has left."""
+        with self.using:
+            if not self.tickets and not self.left:
+                more = self.more()  # named first: a new life has other tickets
+                self.tickets.extend(more)
+            return self.tickets.popleft() if self.tickets and self.tickets[0] < before and not self.left else None
 
     def use(self) -> None:
         """A minibatch is being used: the one that was drawn first of those that were not."""
@@ -385,9 +388,16 @@ class Driver(ABC):
     def master(self) -> Tensor:
         """The model that would be shipped now, as far as this worker can know. [d]"""
 
-    @abstractmethod
     def leave(self, done: bool) -> None:
-        """Go in good order; ``done`` says that the worker has nothing more to do."""
+        """Go in good order, once; ``done`` says that the worker has nothing more to do."""
+        with self.using:
+            if not self.left:
+                self.left = True
+                self._leave(done)
+
+    @abstractmethod
+    def _leave(self, done: bool) -> None:
+        """Go in good order."""
 
 
 class Worker(Driver):
@@ -493,7 +503,7 @@ class Worker(Driver):
         x: Tensor = self._again(ask)
         return x
 
-    def leave(self, done: bool) -> None:
+    def _leave(self, done: bool) -> None:
         try:
             self._catch_up()
         except LinkLost as lost:
@@ -541,5 +551,8 @@ def train(
         for fault in faults:
             took *= fault.slowdown(name, start - began)
         time.sleep(max(0.0, took - (time.monotonic() - start)))
-        worker.step(g, float(loss))
+        with worker.using:
+            if worker.left:  # a thread has had it leave meanwhile
+                return
+            worker.step(g, float(loss))
     worker.leave(done=not stopped())
