@@ -73,17 +73,31 @@ class Serving:
     """A server that runs in a thread of this process."""
 
     def __init__(
-        self, terms: Terms, folder: Path, resume: bool = False, port: int = 0, token: str = TOKEN, anew: bool = False
+        self,
+        terms: Terms,
+        folder: Path,
+        resume: bool = False,
+        port: int = 0,
+        token: str = TOKEN,
+        anew: bool = False,
+        evaluations: int = 0,
+        parse: Callable[[str], Any] = read,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
         self.said: list[str] = []
         self.folder = folder
-        self.server = RunServer(terms, token, folder, read, self.said.append, port=port)
+        self.well: bool | None = None  # what the server's run returns
+        self.server = RunServer(terms, token, folder, parse, self.said.append, port=port)
         try:
             self.resumed = resume and self.server.resume(anew)
         except BaseException:
             self.server.close()
             raise
-        self.thread = threading.Thread(target=self.server.run)
+
+        def run() -> None:
+            self.well = self.server.run(watch, evaluations)
+
+        self.thread = threading.Thread(target=run)
         self.thread.start()
 
     @property

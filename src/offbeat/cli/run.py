@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
 import tyro
@@ -29,6 +29,9 @@ from ..trace import Trace
 from .command import FAILED, INTERRUPTED, Command, Refused, told, writable
 from .display import board, command_line, err, out, page, table
 from .flags import TaskName, method_of, said_in, task_class
+
+if TYPE_CHECKING:
+    from ..runtime.host import Host
 
 
 @dataclass(frozen=True)
@@ -225,15 +228,13 @@ class Serve(Command):
                 print(json.dumps({"address": address}), flush=True)
             else:
                 err.print(f"offbeat: workers may join with OFFBEAT_SERVER={address}")
-            watch = _Evaluating(server, self.evaluations, tell)
-            server.run(watch.look, watch.end)
+            well = server.run(_watch(server, tell), self.evaluations)
             # the first worker may have named a method of the other kind, and will be back
             if server.other is not None and not server.told:
                 terms = replace(terms, method=server.other.method)
                 server = host_for(terms)(terms, token, folder, read, _log, self.host, server.port)
-                watch = _Evaluating(server, self.evaluations, tell)
-                server.run(watch.look, watch.end)
-        return 0
+                well = server.run(_watch(server, tell), self.evaluations)
+        return _ended(server, 0 if well else FAILED)
 
 
 @dataclass(frozen=True)
@@ -285,34 +286,36 @@ class Work(Command):
         return 0
 
 
-class _Evaluating:
-    """Tells a server's status about once a second, and evaluates the model of a task as often as asked."""
+def _watch(server: Host, tell: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+    """What the server calls some times a second: it tells its status about once a second."""
+    last = 0.0
 
-    def __init__(self, server: Any, evaluations: int, tell: Callable[[dict[str, Any]], None]) -> None:
-        total = server.terms.gradients
-        self.server, self.tell, self.whole = server, tell, server.terms.shard == (0, 1)
-        self.every = max(1, total // evaluations) if total and self.whole else 0
-        self.due, self.last, self.problem = self.every, 0.0, None
+    def look() -> None:
+        nonlocal last
+        if time.monotonic() - last < 1.0:
+            return
+        last = time.monotonic()
+        try:
+            tell(server.status())
+        except BrokenPipeError:  # the launcher is dead
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            server.stop()
+        except OSError:
+            pass  # a full disk has no room for it
 
-    def look(self) -> None:
-        """What the server calls some times a second."""
-        done = self.server.tickets.done
-        if self.every and self.server.problem and done >= self.due:
-            self.problem = self.problem or read(self.server.problem)
-            self.due = (done // self.every + 1) * self.every
-            self.server.evaluate(self.problem)
-        if time.monotonic() - self.last >= 1.0:
-            self.last = time.monotonic()
-            try:
-                self.tell(self.server.status())
-            except BrokenPipeError:  # the launcher is dead
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-                self.server.stop()
+    return look
 
-    def end(self) -> None:
-        """What the server calls at the end."""
-        if self.whole and self.server.problem:
-            self.server.evaluate(self.problem or read(self.server.problem))
+
+def _ended(server: Host, status: int) -> int:
+    """``status``; but where a thread is still at work, this process ends here: all is written and closed, the thread may be inside
+    of torch's compiler for a minute, and Python's own end would abort the process under it."""
+    if server.busy:
+        _log(f"ended without waiting for {', '.join(server.busy)}")
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    return status
 
 
 def _lines(status: dict[str, Any]) -> None:

@@ -95,7 +95,7 @@ class Coordinator(Host):
         assert self.method is not None
         self.start, self.room = x, Room(self.method)
         self.gathered = time.monotonic()
-        threading.Thread(target=self._beats, daemon=True).start()
+        self.spawn("who tells peers that the coordinator is alive", self._beats)
 
     def _beats(self) -> None:
         """Let peers know that this end is alive: most of the time they only listen."""
@@ -135,7 +135,7 @@ class Coordinator(Host):
                 self._bring([session.seat], donor)
             return session.seat.since
         self.founders.append(session)
-        threading.Thread(target=self._found, args=(len(self.founders) == 1,), daemon=True).start()
+        self.spawn("the beginning of the first round", self._found, len(self.founders) == 1)
         return session.round
 
     def _bring(self, newcomers: list[Seat], donor: Seat) -> None:

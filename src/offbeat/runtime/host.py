@@ -7,9 +7,7 @@ depends on the kind of method: `server.RunServer` has the model, `coordinator.Co
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import platform
 import socket
 import threading
@@ -32,7 +30,8 @@ from ..core.values import require, require_count
 from ..engines.simulator import messages
 from ..trace import Evaluation, Event, Incident, Note
 from . import layout, snapshot
-from .journal import Journal
+from .evaluation import Evaluator
+from .journal import Journal, Unwritten, beyond, whole
 from .leases import Tickets
 from .link import Link, LinkLost, accept, listen
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
@@ -41,10 +40,25 @@ Parse = Callable[[str], Any]
 
 
 TRANSPORTS = ("auto", "shared", "gloo", "tcp")
+AGAIN = 5.0
+"""Seconds until a snapshot that could not be written is tried again, at most."""
+LAST, SOON = 120.0, 5.0
+"""Seconds for which the model is tried to be written when the run is over, and when the host was told to stop."""
+EVALUATED = 600.0
+"""Seconds that the last evaluation may take."""
+STRANGERS = 128
+"""Connections that have not yet proven that they know the token, at most; each has ten seconds for it."""
 
 
 class Refused(ValueError):
     """A message or a worker that is not taken: the reason, and how the run stays."""
+
+
+class Taken(Refused):
+    """The number of a worker that wants to join belongs to another one, which is alive. The worker asks again for a while; ``said``:
+    that it has asked before is in the log."""
+
+    said = False
 
 
 class Diverging(Refused):
@@ -111,6 +125,7 @@ class Session:
     )  # when it had how many gradients
     lag: int = 0
     gap: float = math.nan
+    life: int = 1  # how many lives of this worker there were, with this one
 
 
 class Host(ABC):
@@ -131,7 +146,13 @@ class Host(ABC):
     ) -> None:
         if not token and not _loopback(host):
             raise ValueError(f"host {host!r} can be reached from other machines: set OFFBEAT_TOKEN to a secret first")
-        self.terms, self.token, self.folder, self.parse, self.say = terms, token, folder, parse, say
+        self.terms, self.token, self.folder, self.parse = terms, token, folder, parse
+
+        def quiet(text: str) -> None:
+            with contextlib.suppress(OSError):  # a full disk has no room for the log, either
+                say(text)
+
+        self.say = quiet
         self.method = terms.method
         self.problem = ""
         self.layout: layout.Layout = []
@@ -144,16 +165,22 @@ class Host(ABC):
         self.incarnation = 0
         self.refused = 0
         self.finished: set[int] = set()  # workers whose own loop has ended
-        self.lives: dict[int, int] = {}  # the last life of each worker that has joined
-        self.coming: list[int] = []  # numbers of workers that are being welcomed
+        self.lives: dict[int, int] = {}  # how many lives each worker has had
+        self.coming: dict[int, Any] = {}  # numbers of workers that are being welcomed, and their processes
         self.lock = threading.RLock()
         self.opening = threading.Lock()  # held by the worker that brings the first model
         self.began = time.monotonic()
         self.last = 0.0  # seconds at the last gradient
         self.stopping = threading.Event()
         self.told = False  # to stop
-        self.threads: list[threading.Thread] = []  # one for each worker
+        self.failure = ""  # what has gone wrong in this process, so that the run cannot go on here
+        self.ending = ""  # what is waited for when the run is over
+        self.threads: list[threading.Thread] = []  # one for each worker, and others
+        self.strangers: dict[socket.socket, None] = {}  # who has not proven that it knows the token, the oldest first
+        self.turned_away: set[tuple[int, str]] = set()  # numbers and processes of workers whose number is another one's
         self.snapshots = 0
+        self.saving = threading.Lock()  # held by who writes a snapshot
+        self.trouble = Unwritten("a snapshot", folder, self.say)
         folder.mkdir(parents=True, exist_ok=True)
         self.journal: Any = None
         self.listener = listen(host, port)
@@ -200,10 +227,11 @@ class Host(ABC):
 
     # the run's life
 
-    def run(self, watch: Callable[[], None] = lambda: None, end: Callable[[], None] = lambda: None) -> None:
+    def run(self, watch: Callable[[], None] = lambda: None, evaluations: int = 0) -> bool:
         """Accept workers until the run is over or `stop` is called; then write what has become of it.
 
-        ``watch`` is called some times a second, while training goes on, and ``end`` when everybody has gone.
+        ``watch`` is called some times a second. A task's model is evaluated beside the training, so many times and at the end.
+        False where the host has failed, or what has become of the run could not be written; the log says why.
         Raises ``FileExistsError`` where the folder has snapshots that this run has not resumed from.
         """
         if not self.running and snapshot.found(self.folder / "snapshots"):
@@ -211,18 +239,54 @@ class Host(ABC):
             raise FileExistsError(
                 f"{self.folder / 'snapshots'} is of an earlier run: resume it, or choose another folder"
             )
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.spawn("who accepts workers", self._accept)
+        evaluator = Evaluator(self, evaluations)
+        try:
+            self._attend(watch, evaluator)
+        except Exception as error:
+            self.fail("the host", error)
+        return self.close(watch, evaluator) and not self.failure
+
+    def _attend(self, watch: Callable[[], None], evaluator: Evaluator) -> None:
+        """Write and look at what happens until the run is over."""
         due = time.monotonic() + self.terms.every
         while not (self.told or self.stopping.wait(0.2)) and self.other is None:
             with self.lock:
                 if self.over():
-                    break
+                    return
             watch()
+            evaluator.look()
             self._flush()
             if time.monotonic() >= due:
-                self.save()
-                due = time.monotonic() + self.terms.every
-        self.close(end)
+                pause = self.terms.every if self.save() else min(self.terms.every, AGAIN)
+                due = time.monotonic() + pause
+
+    def spawn(self, what: str, run: Callable[..., None], *args: Any) -> threading.Thread:
+        """Run in a thread of its own. Where it fails, the run ends: nobody would miss it otherwise."""
+
+        def guarded() -> None:
+            try:
+                run(*args)
+            except BaseException as error:
+                self.fail(what, error)
+
+        thread = threading.Thread(target=guarded, name=what, daemon=True)
+        thread.start()
+        self.threads.append(thread)
+        return thread
+
+    def fail(self, what: str, error: BaseException) -> None:
+        """The run cannot go on in this process: it ends with a snapshot, from which it may be resumed."""
+        self.say(
+            f"{what} failed ({error!r}): the run ends with a snapshot\n{''.join(traceback.format_exception(error))}"
+        )
+        self.failure = self.failure or f"{what} failed ({error!r})"
+        self.told = True
+
+    @property
+    def busy(self) -> list[str]:
+        """Threads that have not ended. Python's own end would abort the process in one that is inside of torch."""
+        return [thread.name for thread in self.threads if thread.is_alive()]
 
     def over(self) -> bool:
         """Whether all minibatches are done, or all workers have ended their loops, and everybody has left."""
@@ -236,27 +300,66 @@ class Host(ABC):
         """End as soon as possible, with a snapshot. A signal's handler may call it: it takes no lock, as an event would."""
         self.told = True
 
-    def close(self, end: Callable[[], None] = lambda: None) -> None:
-        """Hang up, write a last snapshot and the model; ``end`` is called before the trace is closed."""
+    def close(self, watch: Callable[[], None] = lambda: None, evaluator: Evaluator | None = None) -> bool:
+        """Hang up, write a last snapshot and the model, and evaluate it; whether all is written."""
         self.stopping.set()
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)  # else who waits for the next worker would still take one
         self.listener.close()
+        for stranger in list(self.strangers):
+            _hang_up(stranger)
         with self.lock:
             for session in list(self.sessions.values()):
                 session.link.hang_up()
                 self._gone(session, False)
             if not self.running:
-                return
-            self.save()
-            torch.save(self.state_dict(), self.folder / "model.part")
-            os.replace(self.folder / "model.part", self.folder / "model.pt")
-        end()
+                return True
+        kept = self._keep(watch)
+        if evaluator is not None:
+            self._evaluated(evaluator, watch)
         with self.lock:
-            self.journal.close()
+            kept = self.journal.close() and kept
         until = time.monotonic() + 2.0
-        for thread in self.threads:  # one that is inside of torch while Python ends would abort the process
+        for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
+        return kept
+
+    def _keep(self, watch: Callable[[], None]) -> bool:
+        """Write the last snapshot and the model, and try again for a while where that cannot be; whether they are written."""
+        saved, trouble = False, Unwritten("the model", self.folder, self.say)
+        self.ending = "the model is written"
+        began = time.monotonic()
+        while True:
+            saved = saved or self.save()
+            try:
+                snapshot.write_whole(self.folder / "model.pt", self.state_dict())
+                trouble.written()
+                if saved:
+                    return True
+            except OSError as error:
+                trouble.failed(error)
+            patience = SOON if self.told else LAST
+            if time.monotonic() - began > patience:
+                what = "a last snapshot" if trouble.why is None else "the model"
+                self.say(f"{what} could not be written within {patience:g} s: make room, and resume the run")
+                return False
+            watch()
+            time.sleep(min(1.0, patience / 10))
+
+    def _evaluated(self, evaluator: Evaluator, watch: Callable[[], None]) -> None:
+        """Evaluate the model once more, and wait for it; one that was told to stop does not."""
+        self.ending = "the model is evaluated"
+        end, last = time.monotonic() + EVALUATED, False
+        while not self.told and time.monotonic() < end:
+            if not evaluator.busy:
+                if last:
+                    return
+                evaluator.begin()
+                last = True
+            watch()
+            time.sleep(0.02)
+        if evaluator.busy:
+            self.say("an evaluation is broken off, as the run ends")
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model that would be shipped, by the names of the module's parameters; ``{"x": ...}`` where it has none."""
@@ -285,7 +388,7 @@ class Host(ABC):
                     "gap": s.gap,
                     "loss": sum(s.losses) / len(s.losses) if s.losses else math.nan,
                     "seen": now - s.link.heard,
-                    "life": s.incarnation,
+                    "life": s.life,
                 }
                 for _, s in sorted(self.sessions.items())
             ]
@@ -299,6 +402,7 @@ class Host(ABC):
                 "lives": dict(self.lives),
                 "steps": dict(self.steps),
                 "finished": sorted(self.finished),
+                "ending": self.ending,
             }
 
     # workers
@@ -311,9 +415,23 @@ class Host(ABC):
                 if not self.stopping.wait(0.1):  # what is refused to one worker, such as too many files, passes
                     self.say(f"a worker could not be accepted ({error.strerror or error})")
                 continue
-            self.threads = [thread for thread in self.threads if thread.is_alive()]
-            self.threads.append(threading.Thread(target=self._session, args=(sock, address), daemon=True))
-            self.threads[-1].start()
+            for thread in [thread for thread in self.threads if not thread.is_alive()]:
+                self.threads.remove(thread)
+            self.strangers[sock] = None
+            try:
+                if len(self.strangers) > STRANGERS:
+                    oldest = next(iter(self.strangers))
+                    self._known(oldest)
+                    _hang_up(oldest)
+                self.spawn(f"the session of {address[0]}:{address[1]}", self._session, sock, address)
+            except RuntimeError as error:  # too many threads: that passes as well
+                self._known(sock)
+                sock.close()
+                self.say(f"a worker could not be accepted ({error})")
+
+    def _known(self, sock: socket.socket) -> None:
+        """A connection is no stranger's any more."""
+        self.strangers.pop(sock, None)
 
     def _session(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         name = f"the worker at {address[0]}:{address[1]}"
@@ -322,8 +440,10 @@ class Host(ABC):
         orderly = False
         links = contextlib.ExitStack()
         links.callback(sock.close)
+        links.callback(self._known, sock)
         try:
             link = links.enter_context(contextlib.closing(accept(sock, self.token, name, self.terms.timeout)))
+            self._known(sock)
             session = self._welcome(link, links)
             orderly = self._serve(session)
         except PermissionError as error:
@@ -334,8 +454,10 @@ class Host(ABC):
             self._refuse(str(corrupt))
             self._tell(link, str(corrupt), "corrupt")
         except Refused as refused:
-            self._refuse(str(refused))
-            self._tell(link, str(refused), "diverged" if isinstance(refused, Diverging) else "refused")
+            if not (isinstance(refused, Taken) and refused.said):
+                self._refuse(str(refused))
+            kinds = {Diverging: "diverged", Taken: "taken"}
+            self._tell(link, str(refused), kinds.get(type(refused), "refused"))
         except LinkLost as lost:
             if not self.stopping.is_set():
                 self.say(str(lost))
@@ -343,13 +465,13 @@ class Host(ABC):
             self._refuse(f"{link.name if link else name}: {error!r}\n{traceback.format_exc()}")
             self._tell(link, f"the server failed ({error!r}): see its log", "corrupt")
         finally:
-            if session is not None:
-                with self.lock:
-                    self._gone(session, orderly)
-                    finished = session.worker in self.finished
-                if orderly and finished and not self.over():
-                    self.save()  # who has finished does not come again, should the server have to
-            links.close()
+            with links:
+                if session is not None:
+                    with self.lock:
+                        self._gone(session, orderly)
+                        finished = session.worker in self.finished
+                    if orderly and finished and not self.over():
+                        self.save()  # who has finished does not come again, should the server have to
 
     def _welcome(self, link: Link, links: contextlib.ExitStack) -> Session:
         """Agree with a worker on the run, and seat it. ``links`` are closed at its end."""
@@ -363,7 +485,7 @@ class Host(ABC):
                     with self.lock:
                         self._agree(hello.header, note)
                         worker = self._number(note)
-                        self.coming.append(worker)
+                        self.coming[worker] = note.get("process")
                         self.incarnation += 1
                         head = Header(Kind.REPLY, DTYPES.index(self.dtype), worker, self.incarnation)
                     link.name = f"worker {worker}"
@@ -392,7 +514,7 @@ class Host(ABC):
         finally:
             if worker >= 0:
                 with self.lock:
-                    self.coming.remove(worker)
+                    self.coming.pop(worker, None)
 
     def _seat(self, session: Session, note: dict[str, Any]) -> Session:
         """A worker's life begins."""
@@ -406,7 +528,7 @@ class Host(ABC):
                 old.link.hang_up()
                 self._gone(old, False)
             self.sessions[worker] = session
-            self.lives[worker] = session.incarnation
+            session.life = self.lives[worker] = self.lives.get(worker, 0) + 1
             self._join(session, note)
             self._note(Incident(self.seconds, worker, "joined"))
         self.say(f"worker {worker} has joined over {session.link.transport}")
@@ -464,10 +586,23 @@ class Host(ABC):
         if asked is not None:
             if not _whole(asked) or not 0 <= asked < 1 << 31:
                 raise Refused(f"worker {str(asked)[:100]}: its number must be a whole one from 0 to {(1 << 31) - 1}")
-            before = self.sessions.get(asked)
-            mine = asked not in self.coming if before is None else before.process == note.get("process")
-            if note.get("named", True) or mine:
+            before, process = self.sessions.get(asked), note.get("process")
+            if before is not None:
+                mine = before.process == process
+                there = not mine and before.link.living(3 * self.terms.beat)
+            else:
+                mine = self.coming.get(asked, process) == process
+                there = not mine
+            if mine or (note.get("named", True) and not there):
                 return int(asked)
+            if note.get("named", True):
+                refused = Taken(
+                    f"worker {asked} is another process, which is alive: unset OFFBEAT_WORKER, or give each worker a number of "
+                    "its own"
+                )
+                refused.said = (asked, str(process)) in self.turned_away
+                self.turned_away.add((asked, str(process)))
+                raise refused
         taken = {*self.sessions, *self.coming, *self.finished}
         return next(i for i in range(len(taken) + 1) if i not in taken)
 
@@ -480,20 +615,23 @@ class Host(ABC):
             self._begin(x)
             self.began = time.monotonic()
             self._open(0)
-            header = {
-                "engine": "runtime",
-                "method": repr(self.method),
-                "problem": self.problem,
-                "gradients": self.terms.gradients,
-                "seed": self.terms.seed,
-                "messages": messages(self.method),
-                "parameters": self.parameters,
-                "dtype": str(self.dtype),
-                "shard": list(self.terms.shard),
-                "transport": self.terms.transport,
-                "versions": {"offbeat": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            }
-            self.journal.add(header)
+
+    def _header(self) -> dict[str, Any]:
+        """What the trace begins with."""
+        assert self.method is not None
+        return {
+            "engine": "runtime",
+            "method": repr(self.method),
+            "problem": self.problem,
+            "gradients": self.terms.gradients,
+            "seed": self.terms.seed,
+            "messages": messages(self.method),
+            "parameters": self.parameters,
+            "dtype": str(self.dtype),
+            "shard": list(self.terms.shard),
+            "transport": self.terms.transport,
+            "versions": {"offbeat": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
 
     def _hand(self, session: Session, note: dict[str, Any]) -> list[int]:
         want = note.get("want", 1)
@@ -548,30 +686,44 @@ class Host(ABC):
 
     # what is kept
 
-    def save(self) -> Path | None:
-        """Write a snapshot; the run goes on meanwhile, for states are never changed in place."""
-        with self.lock:
-            if not self.running:
-                return None
-            self.snapshots += 1
-            content = {
-                "method": repr(self.method),
-                "problem": self.problem,
-                "layout": [tuple(entry) for entry in self.layout],
-                "parameters": self.parameters,
-                "dtype": DTYPES.index(self.dtype),
-                "shard": list(self.terms.shard),
-                "seconds": self.seconds,
-                "incarnation": self.incarnation,
-                "steps": dict(self.steps),
-                "finished": sorted(self.finished),
-                "tickets": [self.tickets.next, self.tickets.done],
-                "returned": [*self.tickets.returned, *(t for s in self.sessions.values() for t in s.held)],
-                "trace": self.journal.tell(),
-                **self._content(),
-            }
-            number = self.snapshots
-        return snapshot.write(self.folder / "snapshots", number, content)
+    def save(self) -> bool:
+        """Write a snapshot, which names the place in the trace that it goes with; the run goes on meanwhile, for states are never
+        changed in place. Whether it is written; what is wrong is said."""
+        with self.saving:
+            with self.lock:
+                if not self.running or not self.journal.flush():
+                    return False
+                content = self._snapshot()
+                number = self.snapshots + 1
+            try:
+                self.journal.sync()  # else a power cut could leave a trace that ends before that place
+                snapshot.write(self.folder / "snapshots", number, content)
+            except OSError as error:
+                self.trouble.failed(error)
+                return False
+            self.trouble.written()
+            self.snapshots = number
+            return True
+
+    def _snapshot(self) -> dict[str, Any]:
+        """What a snapshot holds; under the lock."""
+        return {
+            "method": repr(self.method),
+            "problem": self.problem,
+            "layout": [tuple(entry) for entry in self.layout],
+            "parameters": self.parameters,
+            "dtype": DTYPES.index(self.dtype),
+            "shard": list(self.terms.shard),
+            "seconds": self.seconds,
+            "incarnation": self.incarnation,
+            "steps": dict(self.steps),
+            "lives": dict(self.lives),
+            "finished": sorted(self.finished),
+            "tickets": [self.tickets.next, self.tickets.done],
+            "returned": [*self.tickets.returned, *(t for s in self.sessions.values() for t in s.held)],
+            "trace": self.journal.place,
+            **self._content(),
+        }
 
     def resume(self, anew: bool = False) -> bool:
         """Go on from the newest whole snapshot of the folder; False where there is none.
@@ -596,6 +748,7 @@ class Host(ABC):
         self.parameters, self.dtype = content["parameters"], DTYPES[content["dtype"]]
         there = self._restore(method, content)
         self.incarnation, self.steps = content["incarnation"] + 1_000_000, dict(content["steps"])
+        self.lives = dict(content["lives"])
         self.finished = set() if anew else set(content["finished"])
         self.tickets.next, self.tickets.done = content["tickets"]
         self.tickets.returned.extend(content["returned"])
@@ -613,17 +766,17 @@ class Host(ABC):
     def _open(self, place: int) -> tuple[int, float]:
         """Open the trace to go on after ``place`` bytes; how many gradients were recorded beyond it, and until when."""
         path = self.folder / "trace.jsonl"
-        lost, seconds = 0, 0.0
-        if place and path.exists():
-            with open(path, encoding="utf-8") as file:
-                file.seek(place)
-                for text in file:
-                    with contextlib.suppress(ValueError):  # a line that was cut
-                        entry = json.loads(text)
-                        if "step" in entry:
-                            lost, seconds = lost + 1, entry["seconds"]
-        self.journal = Journal(path, place)
-        return lost, seconds
+        lost = beyond(path, place) if place else (0, 0.0)
+        there = whole(path, place)
+        if there < place:
+            self.say(
+                f"the last {place - there:,} of {place:,} bytes of the trace are missing, as after a power cut: it goes on "
+                "after its last whole line, and cannot be replayed"
+            )
+        self.journal = Journal(path, there, self.say)
+        if not there:
+            self.journal.add(self._header())
+        return lost
 
     def _note(self, note: Note) -> None:
         self.journal.add(note)
@@ -653,12 +806,18 @@ class Host(ABC):
     def _tell(self, link: Link | None, why: str, what: str) -> None:
         if link is not None:
             with contextlib.suppress(LinkLost):
-                link.send(Header(Kind.REFUSED), None, {"why": why, "what": what})
+                note = {"why": why, "what": what, "timeout": self.terms.timeout}
+                link.send(Header(Kind.REFUSED), None, note)
 
     def _diverged(self, session: Session, step: int, what: str) -> str:
         with self.lock:
             self._note(Incident(self.seconds, session.worker, "diverged"))
         return f"worker {session.worker}, step {step}: {what}; lower the learning rate or lengthen the warm-up"
+
+
+def _hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _loopback(host: str) -> bool:

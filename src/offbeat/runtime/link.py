@@ -203,6 +203,17 @@ class Link:
             raise LinkLost(f"the link to {self.name} has been closed") from None
         return bool(poll.poll(1000 * seconds))
 
+    def living(self, seconds: float) -> bool:
+        """Whether the other end is there: it was heard within ``seconds``, or what it has said is still to be read. Not where it has
+        hung up, which is known at once where its process has died."""
+        poll = select.poll()
+        try:
+            poll.register(self.sock, select.POLLIN | getattr(select, "POLLRDHUP", 0))
+        except ValueError:  # it is closed
+            return False
+        said = poll.poll(0)
+        return said[0][1] == select.POLLIN if said else time.monotonic() - self.heard < seconds
+
     def beat(self, header: Header) -> None:
         """Say that this end is alive."""
         self.send(header._replace(kind=Kind.BEAT, length=0))

@@ -35,7 +35,7 @@ from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .place import Place
 from .team import Team
 from .way import offered, taken
-from .worker import Driver, Parse, Terms
+from .worker import Driver, Parse, Taken, Terms, TurnedAway
 
 if TYPE_CHECKING:
     from .gloo import Group
@@ -165,15 +165,19 @@ class Peer(Driver):
         """Begin a life: agree with the coordinator, and get a state from it or from a peer."""
         end = time.monotonic() + self.place.patience
         pause = 0.05
+        turned_away = TurnedAway(self.say)
         while True:
             try:
                 self._enter_together()
                 return
             except LinkLost as lost:
                 self._hang_up()
+                taken = turned_away.look(lost)
+                if self.team.any(turned_away.over):
+                    raise ValueError(str(lost)) from None
                 if self.team.any(self.stopped()):
                     raise LinkLost(f"{lost}; this worker is asked to stop, and dials no more") from None
-                if self.team.any(time.monotonic() + pause > end):
+                if self.team.any(not taken and time.monotonic() + pause > end):
                     raise LinkLost(f"{lost}; nobody came back within {self.place.patience:g} s") from None
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
@@ -211,9 +215,17 @@ class Peer(Driver):
     def _greet(self) -> None:
         """Agree with the coordinator on the run."""
         address = self.place.servers[0]
-        link = self.link = dial(address, self.place.token, "the coordinator", self.place.timeout)
-        self.host = link.sock.getsockname()[0]  # where others can reach this one, as the coordinator can
-        listener = self.listener = listen(self.host)
+        with contextlib.ExitStack() as unused:
+            link = self.link = dial(address, self.place.token, "the coordinator", self.place.timeout)
+            unused.callback(link.close)
+            self.host = link.sock.getsockname()[0]  # where others can reach this one, as the coordinator can
+            listener = self.listener = listen(self.host)
+            unused.callback(listener.close)
+            self._agree(address, link, listener)
+            unused.pop_all()  # threads close them
+
+    def _agree(self, address: str, link: Link, listener: socket.socket) -> None:
+        """Say hello to the coordinator, and start the threads of this life with what it answers."""
         with self.monitor:
             self.lost = ""
             self.over = threading.Event()  # whether this life is
@@ -257,7 +269,8 @@ class Peer(Driver):
         link.send(head, None, self.hello | about)
         frame = link.recv({Kind.WELCOME: 0, Kind.REFUSED: 0}, "its welcome")
         if frame.header.kind == Kind.REFUSED:
-            raise ValueError(f"the coordinator at {address} refuses this worker: {frame.note['why']}")
+            why = f"the coordinator at {address} refuses this worker: {frame.note['why']}"
+            raise Taken(why, frame.note["timeout"]) if frame.note["what"] == "taken" else ValueError(why)
         note = frame.note
         link.timeout = self.timeout = float(note["timeout"])
         link.sock.settimeout(link.timeout)

@@ -258,7 +258,7 @@ def enter(
             lend(method)  # which says why not, before anybody is dialled
         shard = (team.rank, team.size) if team.size > 1 else None
         remote = Remote(place, x0[team.part(len(x0))], hello, parse, shard)
-        remote.stopped = stopped
+        remote.stopped, remote.say = stopped, say
         if team.size > 1:
             return Worker(Together(remote, team, len(x0)), say, lend)
         with contextlib.suppress(OtherKind):  # it names a method whose workers are peers

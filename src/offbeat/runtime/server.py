@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import queue
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,7 +87,8 @@ class RunServer(Host):
             )
         server.handle = self._handle
         self.server = server
-        threading.Thread(target=self._warm).start()  # no daemon: Python must not end inside of it
+        if self.parameters >= LARGE:
+            self.spawn("the search for the fastest way of a visit", self._warm)
 
     def _meet(self, link: Link, note: dict[str, Any], head: Header) -> tuple[Visitor, dict[str, Any]]:
         assert isinstance(self.method, ServerMethod)
@@ -174,8 +174,6 @@ class RunServer(Host):
 
     def _warm(self) -> None:
         """Find the fastest way to serve a large model, while training goes on."""
-        if self.parameters < LARGE:
-            return
         try:
             seconds = self.visits.race()
         except Exception as error:  # whatever a compiler may raise: all ways are right, some slower

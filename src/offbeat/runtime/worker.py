@@ -113,6 +113,35 @@ class Alone(Exchange):
         pass
 
 
+class Taken(LinkLost):
+    """The number of this worker belongs to another one; ``timeout`` is after how many seconds of silence that would be dead."""
+
+    def __init__(self, why: str, timeout: float) -> None:
+        super().__init__(why)
+        self.timeout = timeout
+
+
+class TurnedAway:
+    """What a worker does whose number belongs to another one: that one may have died just now, so it asks for a while."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.until = math.inf
+        self.over = False
+
+    def look(self, lost: Exception) -> bool:
+        """Whether that is why nothing came of dialling; it is said once. `over` says whether it has gone on for long enough."""
+        taken = lost if isinstance(lost, Taken) else lost.__cause__  # as the ranks of a worker tell each other
+        if not isinstance(taken, Taken):
+            self.over = False
+            return False
+        if self.until == math.inf:
+            self.say(f"{taken}; if that one has just died, this one joins within {taken.timeout:g} s")
+            self.until = time.monotonic() + taken.timeout
+        self.over = time.monotonic() > self.until
+        return True
+
+
 @dataclass(eq=False)
 class _Shard:
     """A link to one server, and the part of the model that it has."""
@@ -139,6 +168,7 @@ class Remote(Exchange):
         self.process = secrets.token_hex(8)
         self.shards: list[_Shard] = []
         self.stopped: Callable[[], bool] = lambda: False  # whether to give up dialling
+        self.say: Callable[[str], None] = lambda text: None
         self.want, self.pushed = 1, 0
         self.oracle = False  # whether the worker keeps nothing of a reply when the next one comes
         self.beat = 1.0
@@ -148,14 +178,18 @@ class Remote(Exchange):
         """Dial all servers, agree with them, and take the first reply of each."""
         end = time.monotonic() + self.place.patience
         pause = 0.05
+        turned_away = TurnedAway(self.say)
         while True:
             try:
                 return self._join()
             except (LinkLost, Corrupt) as lost:
                 self._hang_up()
+                taken = turned_away.look(lost)
+                if turned_away.over:
+                    raise ValueError(str(lost)) from None
                 if self.stopped():
                     raise LinkLost(f"{lost}; this worker is asked to stop, and dials no more") from None
-                if time.monotonic() + pause > end:
+                if not taken and time.monotonic() + pause > end:
                     raise LinkLost(f"{lost}; nobody came back within {self.place.patience:g} s") from None
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
@@ -211,6 +245,8 @@ class Remote(Exchange):
                 why = frame.note["why"]
                 if frame.note["what"] == "kind":
                     raise OtherKind(self.parse(why))
+                if frame.note["what"] == "taken":
+                    raise Taken(f"the server at {address} refuses this worker: {why}", frame.note["timeout"])
                 raise ValueError(f"the server at {address} refuses this worker: {why}")
             note = frame.note
             link.timeout = note["timeout"]
