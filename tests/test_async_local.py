@@ -161,6 +161,12 @@ def buffered(lr: float, k: int) -> OuterStep:
     return step
 
 
+def summed(lr: float, k: int) -> OuterStep:
+    """The same as its authors' program has it: along the sum."""
+    step = buffered(1.0, k)
+    return lambda theta, g: theta + lr * k * (step(theta, g) - theta)
+
+
 OUTERS: dict[str, tuple[Callable[..., ob.ServerMethod], Callable[[], OuterStep]]] = {
     "AsyncLocalSGD": (partial(AsyncLocalSGD, outer_lr=0.3), lambda: plain(0.3)),
     "DelayedNesterov of every visit": (
@@ -180,6 +186,7 @@ OUTERS: dict[str, tuple[Callable[..., ob.ServerMethod], Callable[[], OuterStep]]
         lambda: delayed(lambda t: 0.8 * 0.4 ** ((t >= 21) + (t >= 50)), 0.6, 4, 0.0),
     ),
     "FedBuff": (partial(FedBuff, outer_lr=0.7, buffer=3), lambda: buffered(0.7, 3)),
+    "FedBuff along a sum": (partial(FedBuff, outer_lr=3 * 0.2, buffer=3), lambda: summed(0.2, 3)),
     "FedBuff of one": (partial(FedBuff, outer_lr=0.3, buffer=1), lambda: plain(0.3)),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
@@ -291,7 +292,22 @@ def test_parse_refuses_everything_else(text: str) -> None:
         parse(text, NAMES)
 
 
-@pytest.mark.parametrize("text", ["'ab' * 3", "3 * 'ab'", "(0,) * 4"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "'ab' * 3",
+            "3 * 'ab'",
+            "(0,) * 4",
+            "b'x' * 9",
+            "100000000 * [0]",
+            "[0] * 100000000",
+            "2 * [[1] * 3]",
+            "{} * 2",
+        ),
+        *("None * 2", "SGD(2 * [0.1])", "Warmup(3) * 'x'", "1e308 * 10 * (1,)", "1" + "0" * 400 + " * 1.5"),
+    ],
+)
 def test_parse_multiplies_rates_only(text: str) -> None:
     """A product is for rates: repetition would let a short text from somebody else fill the memory."""
     with pytest.raises(ValueError, match="cannot read"):
@@ -302,6 +318,23 @@ def test_parse_multiplies_rates_only(text: str) -> None:
 def test_parse_refuses_absurd_nesting(text: str) -> None:
     with pytest.raises(ValueError, match="cannot read"):
         parse(text, NAMES)
+
+
+@pytest.mark.parametrize("text", ["'\\d'", "1or 2", "SGD(0x1for x in ())", "SGD('\\d')"])
+def test_parse_warns_of_nothing(text: str) -> None:
+    """What Python would warn of when it compiles it is no repr: it is refused."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match="cannot read"):
+            parse(text, NAMES)
+    assert not said
+
+
+def test_parse_quotes_a_long_text_in_part() -> None:
+    for text in ("x" * 100_000, "x" * 100_000 + "()", "SGD(" + "1," * 100_000, "SGD(" + "1," * 100_000 + ")"):
+        with pytest.raises(ValueError, match=r"cannot read|unknown") as refused:
+            parse(text, NAMES)
+        assert len(str(refused.value)) < 1000
 
 
 def test_parse_passes_on_what_the_constructor_says() -> None:
@@ -336,6 +369,50 @@ def test_unknown_names_the_nearest() -> None:
     assert message.startswith("unknown method 'dana-zerro': did you mean dana-zero")
     assert message.endswith("known are asgd, dana-slim, dana-zero, gem")
     assert "did you mean" not in unknown("method", "zzzzzz", known)
+
+
+# ---------------------------------------------------------------- blocks of periodic methods
+
+PERIODIC = [
+    ob.methods.AllReduce(),
+    ob.methods.LocalSGD(period=7),
+    ob.methods.PostLocalSGD(period=5, start=13),
+    ob.methods.HierarchicalSGD(ob.methods.GroupSGD(period=3), period=4),
+    ob.methods.LocalSGD(ob.methods.PostLocalSGD(period=5, start=13), period=3),
+    ob.methods.PostLocalSGD(ob.methods.LocalSGD(period=3), period=4, start=10),
+]
+
+
+@pytest.mark.parametrize("method", PERIODIC, ids=repr)
+def test_blocks_begin_one_after_the_other(method: ob.PeriodicMethod) -> None:
+    starts = [0]
+    while starts[-1] < 200:
+        starts.append(starts[-1] + method.span(starts[-1]))
+    assert [method.boundary(step) for step in range(200)] == [min(s for s in starts if s >= k) for k in range(200)]
+
+
+@pytest.mark.parametrize("method", PERIODIC, ids=repr)
+def test_a_block_far_ahead_is_found_without_going_there(method: ob.PeriodicMethod) -> None:
+    """The steps up to it could not be counted: it is the one that is as far from a near one as whole blocks are."""
+    near, far = method.boundary(1000), 10**15
+    begin, span = method.boundary(far), method.span(1000)
+    assert far <= begin < far + span
+    assert (begin - near) % span == 0
+
+
+class Growing(ob.methods.LocalSGD):
+    """Blocks that get longer, which the library cannot know the end of."""
+
+    def length(self, done: int) -> int:
+        return self.period + done // 10
+
+
+def test_blocks_of_changing_length_are_counted() -> None:
+    method, begin = Growing(period=2), 0
+    while begin < 500:
+        assert method.boundary(begin) == begin
+        begin += method.length(begin)
+        assert method.boundary(begin - 1) == begin
 
 
 # ---------------------------------------------------------------- seeds

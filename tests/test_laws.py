@@ -7,6 +7,7 @@ must walk the same path: served by hand in a random order, and simulated, where 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections import Counter, defaultdict
@@ -33,6 +34,7 @@ from offbeat.methods import (
     LWP,
     NAGASGD,
     AdaptiveDelayCompensation,
+    AppliedGapPenalty,
     AsyncAdam,
     DanaDC,
     DanaGA,
@@ -248,14 +250,19 @@ def dc_asgd_a(grad: Grad, order: list[int], lr: Lr = constant, lam: float = 2.0,
 def gap_aware(
     grad: Grad, order: list[int], lr: Lr = constant, mu: float = MU, wd: float = 0.0, dana: bool = False
 ) -> Walk:
-    """Gap-Aware (ICLR 2020) before momentum at the master, or (dana) before DANA-Zero; P is 1 while R is 0."""
-    theta, v, w, square, largest = X0, zeros(), starts(), ZERO, 0.0
+    """Gap-Aware (ICLR 2020) before momentum at the master, or (dana) before DANA-Zero; P is 1 while R is 0.
+
+    With a momentum for each worker (dana), R is the weighted mean of the steps that were taken: a first visit has none.
+    """
+    theta, v, w, square, largest, fed = X0, zeros(), starts(), ZERO, 0.0, 0
     for t, i in enumerate(order):
         g, mine = grad(w[i], i), i if dana else 0
         moved = v[mine] if mu else g
-        square = 0.999 * square + 0.001 * moved**2
+        if not dana or i in order[:t]:
+            fed += 1
+            square = 0.999 * square + 0.001 * moved**2
         largest = max(largest, lr(t))
-        travel = largest * (torch.sqrt(square / (1 - 0.999 ** (t + 1))) + 1e-8)
+        travel = largest * (torch.sqrt(square / (1 - 0.999 ** max(1, fed))) + 1e-8)
         penalty = torch.where(square == 0, torch.ones(7, dtype=torch.float64), 1 + (theta - w[i]).abs() / travel)
         v[mine] = mu * v[mine] + (g + wd * theta) / penalty
         theta = theta - lr(t) * v[mine]
@@ -263,18 +270,26 @@ def gap_aware(
         yield theta, w[i]
 
 
-def adam(grad: Grad, order: list[int], lr: Lr = constant, wd: float = 0.0, gap: bool = False) -> Walk:
+def adam(
+    grad: Grad,
+    order: list[int],
+    lr: Lr = constant,
+    wd: float = 0.0,
+    gap: bool = False,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> Walk:
     """arXiv:1412.6980 alg. 1 at the master; with Gap-Aware in units of the steps that Adam has applied."""
+    b1, b2 = betas
     theta, m, n, w, square = X0, ZERO, ZERO, starts(), ZERO
     applied = ZERO
     for t, i in enumerate(order):
         d = grad(w[i], i) + wd * theta
         if gap:
-            square = 0.999 * square + 0.001 * applied**2
+            square = b2 * square + (1 - b2) * applied**2
             penalty = 1 + (theta - w[i]).abs() / (torch.sqrt(square) + 1e-8)
             d = d / torch.where(square > 0, penalty, torch.ones_like(penalty))
-        m, n = 0.9 * m + 0.1 * d, 0.999 * n + 0.001 * d * d
-        applied = lr(t) * (m / (1 - 0.9 ** (t + 1))) / (torch.sqrt(n / (1 - 0.999 ** (t + 1))) + 1e-8)
+        m, n = b1 * m + (1 - b1) * d, b2 * n + (1 - b2) * d * d
+        applied = lr(t) * (m / (1 - b1 ** (t + 1))) / (torch.sqrt(n / (1 - b2 ** (t + 1))) + 1e-8)
         theta = theta - applied
         w[i] = theta
         yield theta, theta
@@ -386,6 +401,7 @@ CASES: dict[str, tuple[ob.ServerMethod, Callable[..., Walk]]] = {
         GapAwareAdam(DROPPING, weight_decay=WD),
         partial(adam, lr=dropping, gap=True, wd=WD),
     ),
+    "gap-aware-adam, betas": (GapAwareAdam(LR, betas=(0.8, 0.95)), partial(adam, gap=True, betas=(0.8, 0.95))),
     "async-adam, decay, schedule": (AsyncAdam(DROPPING, weight_decay=WD), partial(adam, lr=dropping, wd=WD)),
     "gem": (GEM(LR), gem),
     "gem, kappa, decay, schedule": (
@@ -686,7 +702,7 @@ def corrected(
     theta = torch.ones_like(g) if theta is None else theta
     first, second = torch.arange(2, dtype=torch.float64)
     stale = Stale(g, wd * theta, theta, theta - gap, second, first, lr, lambda: v)
-    return PENALTY.correct(PENALTY.begin(theta), (), stale)[0]
+    return PENALTY.correct(PENALTY.begin(theta), PENALTY.seat(PENALTY.begin(theta), theta), stale)[0]
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
@@ -737,7 +753,8 @@ def test_global_gap_penalty_is_one_number_for_the_model() -> None:
     def global_p(gap: Tensor, v: Tensor, lr: float = LR) -> float:
         stale = Stale(g, 0.0, X0, X0 - gap, *torch.arange(2, dtype=torch.float64).flip(0), lr, lambda: v)
         memory = penalty.begin(X0)
-        d, memory, _ = penalty.correct(memory, (), stale._replace(sums=penalty.sums(memory, (), stale)))
+        mine = penalty.seat(memory, X0)
+        d, memory, _ = penalty.correct(memory, mine, stale._replace(sums=penalty.sums(memory, mine, stale)))
         torch.testing.assert_close(memory.length, 0.001 * v.norm(), rtol=1e-9, atol=0)
         torch.testing.assert_close(d, g * (d[0] / g[0]), rtol=1e-12, atol=0)
         return float(g[0] / d[0])
@@ -754,6 +771,44 @@ def test_without_a_gap_any_base_is_itself_bit_for_bit(base: Master, penalty: Cor
     """The same for the penalty in front of every mover that sends theta itself."""
     penalised = dataclasses.replace(base, correction=penalty)
     assert torch.equal(drive(penalised, ALONE)[0], drive(base, ALONE)[0])
+
+
+def test_the_gap_of_adam_fades_with_its_second_moment() -> None:
+    """One worker, gradients 1 to 5: the steps are close to the rate, and R after the fifth visit holds the first four."""
+    method = GapAwareAdam(0.1, betas=(0.9, 0.5))
+    server = Server.start(method, torch.zeros(1, dtype=torch.float64))
+    server.join(0)
+    points = [float(server.x())]
+    for g in range(1, 6):
+        server.serve(0, torch.tensor([g], dtype=torch.float64))
+        points.append(float(server.x()))
+    square = 0.0
+    for before, after in itertools.pairwise(points[:-1]):
+        square = 0.5 * square + 0.5 * (after - before) ** 2
+    assert float(server.state.memory.square) == pytest.approx(square, rel=1e-9)
+    assert square == pytest.approx(6.264e-3, rel=1e-4)
+    assert AppliedGapPenalty(0.999).decay == 0.999  # said, it is what was said
+
+
+@pytest.mark.parametrize("penalty", [GapPenalty(), GlobalGapPenalty()], ids=repr)
+@pytest.mark.parametrize("base", [DanaZero(LR), MultiASGD(LR)], ids=repr)
+@pytest.mark.parametrize("workers", [1, 8])
+def test_first_visits_are_no_steps(workers: int, base: Master, penalty: Correction) -> None:
+    """The first step that was taken is the usual one at once, however many workers came for the first time before."""
+    method = dataclasses.replace(base, correction=penalty)
+    server = Server.start(method, ZERO)
+    for i in range(workers):
+        server.join(i)
+    g = torch.arange(1, 8, dtype=torch.float64)
+    for i in range(workers):
+        server.serve(i, g)  # P is 1: nothing has moved as far as anybody knows
+    before, sent = server.x(), server.own[0].sent
+    assert torch.equal(server.own[workers - 1].mover, g)
+    server.serve(0, g)
+    gap, usual = (before - sent).abs(), LR * g
+    p = gap.norm() / usual.norm() if isinstance(penalty, GlobalGapPenalty) else gap / (LR * (g + 1e-8))
+    moved = (before - server.x()) / LR - MU * g
+    torch.testing.assert_close(moved, g / (1 + p), rtol=1e-9, atol=0)
 
 
 # ---------------------------------------------------------------- the other corrections

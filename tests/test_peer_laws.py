@@ -396,7 +396,9 @@ def test_only_slowmo_keeps_its_momentum_across_changes_of_the_rate() -> None:
     assert differ(path(SlowMo(local, alpha=0.9, beta=MU, period=1)), wanted)
 
 
-@pytest.mark.parametrize(("rule", "buffering"), [("heavy ball", "reset"), ("adam", "maintain")])
+@pytest.mark.parametrize(
+    ("rule", "buffering"), [("heavy ball", "reset"), ("nesterov", "maintain"), ("adam", "maintain")]
+)
 def test_slowmo_of_one_worker_without_momentum_is_lookahead(rule: str, buffering: str) -> None:
     """arXiv:1907.08610: k fast steps, then slow <- slow + alpha (fast - slow), and fast starts again from there."""
     fast, slow, points = Descent(rule, constant), X0, []
@@ -662,6 +664,23 @@ def test_stochastic_gradient_push(cls: type[SGP], graph: str, period: int) -> No
     method = cls(RULES["nesterov"][0](DROPPING), topology=topology, period=period)
     assert same(path(method), wanted)
     assert differ(wanted, push_sum("nesterov", matrix, dropping, late=cls is SGP, period=period))
+
+
+class Penalised(Seen):
+    """With a penalty on the parameters in its loss."""
+
+    def grad(self, x: Tensor, worker: int, step: int) -> tuple[Tensor, Tensor]:
+        g, loss = super().grad(x, worker, step)
+        return g + WD * x, loss
+
+
+@pytest.mark.parametrize("cls", [SGP, OSGP])
+def test_weight_decay_of_push_sum_is_a_penalty_in_the_loss(cls: type[SGP]) -> None:
+    """At z, where the gradient is taken: also while the weight of overlap SGP is far from 1."""
+    decaying, plain = (cls(ob.SGD(LR, momentum=MU, weight_decay=wd)) for wd in (WD, 0.0))
+    walked = path(decaying)
+    assert same(walked, path(plain, problem=Penalised))
+    assert differ(walked, path(plain))
 
 
 @pytest.mark.parametrize("rule", ["adamw", "heavy ball"])

@@ -675,13 +675,13 @@ def test_a_trace_is_a_sequence(eventful: ob.Trace) -> None:
 
 def test_figures_that_are_not_always_there_survive_too(tmp_path: Path) -> None:
     trace = ob.Trace({"seed": 1})
-    for k, extra in enumerate(({}, {"a": 1.0}, {"b": math.inf}, {"a": 0.1, "b": -0.0})):
+    for k, extra in enumerate(({}, {"a": 1.0}, {"b": 5e-324}, {"a": 0.1, "b": -0.0})):
         trace.add(ob.Event(float(k), 0, k, 0, 0.1, 0.2, 1e300, extra=extra))
     trace.write(tmp_path / "t")
     back = ob.Trace.read(tmp_path / "t")
     assert back == trace
     assert math.isnan(back[0].extra["a"])
-    assert back.column("b").tolist()[2:] == [math.inf, -0.0]
+    assert back.column("b").tolist()[2:] == [5e-324, -0.0]
 
 
 def test_figures_keep_the_order_in_which_they_came() -> None:
@@ -714,7 +714,7 @@ def test_traces_that_differ_are_not_equal(eventful: ob.Trace, tmp_path: Path) ->
 
 
 BREAKS: dict[str, tuple[int, Callable[[list[str]], None]]] = {
-    "cut off in the middle": (30, lambda lines: lines.__setitem__(slice(29, None), [lines[29][:20]])),
+    "cut off in the middle, and gone on with": (30, lambda lines: lines.__setitem__(29, lines[29][:20])),
     "no json": (5, lambda lines: lines.__setitem__(4, "hello")),
     "no object": (5, lambda lines: lines.__setitem__(4, "[1, 2]")),
     "a field is missing": (5, lambda lines: lines.__setitem__(4, '{"seconds": 1.0, "worker": 0}')),
@@ -741,6 +741,86 @@ def test_a_file_that_is_no_trace_is_refused_by_its_line(eventful: ob.Trace, tmp_
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=rf"run\.jsonl, line {number} is no line of .*give a file"):
         ob.Trace.read(path)
+
+
+@pytest.mark.parametrize(
+    ("what", "spoil"),
+    [
+        ("is cut", lambda lines: [*lines[:30], lines[30][:20]]),
+        ("is cut", lambda lines: [*lines[:30], lines[30][:-2]]),
+        ("has NUL bytes", lambda lines: [*lines[:30], b"\0" * 300]),
+        ("has NUL bytes", lambda lines: [*lines[:30], lines[30][:20] + b"\0" * 300]),
+        ("has NUL bytes", lambda lines: [*lines[:30], b"\0" * 300 + lines[35], *lines[36:]]),  # gone on with since
+    ],
+)
+def test_a_trace_after_a_power_cut_is_read_up_to_its_last_whole_line(
+    eventful: ob.Trace, tmp_path: Path, what: str, spoil: Callable[[list[bytes]], list[bytes]]
+) -> None:
+    """And says so; a file whose last line only lacks its end is whole."""
+    path = tmp_path / "run.jsonl"
+    eventful.write(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:30]))
+    whole = ob.Trace.read(path)
+    assert not whole.cut
+    path.write_bytes(b"".join(lines[:30]).removesuffix(b"\n"))
+    assert ob.Trace.read(path) == whole
+    path.write_bytes(b"".join(spoil(lines)))
+    with pytest.warns(UserWarning, match=rf"run\.jsonl: line 31 {what}.* {len(whole)} gradients before it are read"):
+        trace = ob.Trace.read(path)
+    assert trace == whole
+    assert f"line 31 {what}" in trace.cut
+
+
+def test_a_cut_header_is_refused(eventful: ob.Trace, tmp_path: Path) -> None:
+    eventful.write(tmp_path / "run.jsonl")
+    (tmp_path / "run.jsonl").write_bytes((tmp_path / "run.jsonl").read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"line 1 is no line of"):
+        ob.Trace.read(tmp_path / "run.jsonl")
+
+
+def test_what_is_no_finite_number_is_null_in_a_file(tmp_path: Path) -> None:
+    """``NaN`` and ``Infinity`` are no JSON: other programs could not read the file."""
+    trace = ob.Trace({"engine": "test", "floor": -math.inf})
+    trace.add(ob.Event(0.0, 0, 0, 0, math.nan, 0.2, math.inf, extra={"norm": math.nan, "a": 1.0}))
+    trace.note(ob.trace.Evaluation(1.0, 1, {"accuracy": math.nan, "loss": 2.0}))
+    trace.write(tmp_path / "t")
+
+    def refused(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    for line in (tmp_path / "t").read_text("utf-8").splitlines():
+        json.loads(line, parse_constant=refused)
+    back = ob.Trace.read(tmp_path / "t")
+    assert back == trace
+    (event,) = back
+    assert [math.isnan(value) for value in (event.gap, event.normalised_gap, event.loss)] == [True, False, True]
+    assert math.isnan(event.extra["norm"])
+    assert math.isnan(back.evaluations[0].figures["accuracy"])
+    assert back.evaluations[0].figures["loss"] == 2.0
+
+
+class Named(DanaZero):
+    """Its own figures are named like a trace's own things."""
+
+    def measure(self, s: Any, own: Any, msg: Tensor) -> dict[str, Tensor]:
+        return {name: torch.tensor(99.0) for name in ("loss", "worker", "extra", "incident", "format", "norm")}
+
+
+def test_a_methods_figure_named_like_a_column_does_not_replace_it(tmp_path: Path) -> None:
+    run = simulate(ob.Cluster(2), 20, Named(0.01))
+    run.trace.write(tmp_path / "t")
+    back = ob.Trace.read(tmp_path / "t")
+    assert back == run.trace
+    assert list(back) == list(run.trace)
+    for trace in (run.trace, back):
+        assert set(trace[0].extra) == {"loss", "worker", "extra", "incident", "format", "norm"}
+        assert set(trace[3].extra.values()) == {99.0}
+        assert len(set(trace.columns)) == len(trace.columns)
+        for name in trace.columns[len(ob.Event._fields) - 1 :]:
+            assert set(trace.column(name).tolist()) == {99.0}
+        assert trace.column("loss").max() < 50
+        assert trace.column("worker").tolist() == [event.worker for event in run.trace]
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from .engines.speed import Gamma, Speed
 from .failure import Failure
 from .methods import find
 from .names import names, read
+from .plain import dumps, numbers
 from .tasks import Digits
 from .trace import Event, Trace
 
@@ -460,7 +461,7 @@ class Comparison:
             cell.trace.write(folder / path)
             about = {"figures": cell.figures, "failure": cell.failure, "message": cell.message, "trace": path}
             cells.append(cell.key._asdict() | about)
-        text = json.dumps({"format": FORMAT, **self.header, "cells": cells}, indent=1)
+        text = dumps({"format": FORMAT, **self.header, "cells": cells}, indent=1)
         (folder / "comparison.json").write_text(text, encoding="utf-8")
 
     @classmethod
@@ -475,7 +476,7 @@ class Comparison:
             for about in header.pop("cells"):
                 key = Key(about["label"], about["workers"], about["seed"])
                 trace = Trace.read(path.parent / about["trace"])
-                cells.append(Cell(key, about["figures"], about["failure"], about["message"], trace))
+                cells.append(Cell(key, numbers(about["figures"]), about["failure"], about["message"], trace))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not what `offbeat compare` has written: {error!r}; run it again") from None
         return cls(header, cells)

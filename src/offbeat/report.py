@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from .experiment import Cell, Comparison, Row, show
+from .plain import numbers
 from .trace import Trace
 
 try:
@@ -116,7 +117,7 @@ def load(folder: str | Path) -> Comparison | Single:
         kept = {name: summary[name] for name in ("figures", "failure", "message", "command")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what `offbeat simulate` has written: {error!r}; run it again") from None
-    return Single(Trace.read(folder / "trace.jsonl"), kept)
+    return Single(Trace.read(folder / "trace.jsonl"), kept | {"figures": numbers(kept["figures"])})
 
 
 def page(result: Comparison | Single, folder: str | Path) -> Path:
@@ -323,7 +324,7 @@ def _staleness(comparison: Comparison, theme: Theme) -> Figure:
     lag, gap = figure.subplots(1, 2, sharey=True)
     for axes, column in ((lag, "lag"), (gap, "gap")):
         values = {
-            (row.label, row.workers): np.concatenate([_column(cell.trace, column) for cell in row.cells])
+            (row.label, row.workers): np.concatenate([_measured(cell.trace, column) for cell in row.cells])
             for row in comparison.rows()
             if row.workers in workers
         }
@@ -392,8 +393,7 @@ def _stale(trace: Trace, theme: Theme) -> Figure:
     figure = _figure(10, 3.4)
     lag, gap, share = figure.subplots(1, 3)
     for axes, column in ((lag, "lag"), (gap, "gap")):
-        values = _column(trace, column)
-        values = values[np.isfinite(values)]  # a real run measures the gap now and then, or not at all
+        values = _measured(trace, column)
         if not len(values):
             axes.set_axis_off()
             axes.set_title(f"{column}: not measured")
@@ -445,9 +445,18 @@ def _column(trace: Trace, name: str) -> Array:
     return _shown(name, trace.column(name).double().numpy())
 
 
+def _measured(trace: Trace, name: str) -> Array:
+    """A column without what is no finite number: a real run measures the gap now and then, or not at all."""
+    values = _column(trace, name)
+    return values[np.isfinite(values)]
+
+
 def _shown(name: str, values: Any) -> Array:
-    """Figures as they are drawn: an accuracy inside its scale, what has blown up where there is room above."""
-    return np.clip(np.asarray(values, dtype=np.float64), *((0.001, 0.9995) if name == "accuracy" else (-HUGE, HUGE)))
+    """Figures as they are drawn: an accuracy inside its scale, what has blown up where there is room above. What is no finite
+    number is nan, as in a file, and not drawn."""
+    values = np.asarray(values, dtype=np.float64)
+    limits = (0.001, 0.9995) if name == "accuracy" else (-HUGE, HUGE)
+    return np.where(np.isfinite(values), np.clip(values, *limits), np.nan)
 
 
 def _smooth(trace: Trace, over: str, name: str = "loss") -> tuple[Array, Array]:

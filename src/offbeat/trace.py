@@ -1,6 +1,8 @@
 """The record of a run: a header that reproduces it, one event for each gradient, and what happened to the workers.
 
-On disk a trace is JSON lines: the header, then events and incidents as they occurred.
+On disk a trace is JSON lines: the header, then events and incidents as they occurred. What is no finite number is null
+there, and nan when it is read. A method's own figures stand beside the columns; one that is named as something else
+in a line is in an object ``extra``.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +18,8 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+
+from .plain import dumps, numbers
 
 FORMAT = "offbeat trace 1"
 
@@ -67,17 +72,20 @@ Note = Incident | Evaluation | Deeds
 _COLUMNS = {name: k for k, name in enumerate(Event._fields[:-1])}
 _ROW = struct.Struct(f"{len(_COLUMNS)}d")
 _WHOLE = ("worker", "step", "lag")  # columns of whole numbers, which a double holds exactly up to 2**53
+_TAKEN = (*Event._fields, "incident", "evaluation", "deeds", "format")  # names that mean something in a line
 
 
 def line(what: Event | Note | dict[str, Any]) -> str:
     """One line of a trace file: an event, a note, or the header."""
     if isinstance(what, dict):
-        return json.dumps({"format": FORMAT, **what})
+        return dumps({"format": FORMAT, **what})
     fields = what._asdict()
     if isinstance(what, Event):
         extra = fields.pop("extra")
-        return json.dumps(fields | extra)
-    return json.dumps({type(what).__name__.lower(): fields})
+        apart = {name: value for name, value in extra.items() if name in _TAKEN}
+        fields |= {name: value for name, value in extra.items() if name not in apart}
+        return dumps(fields | ({"extra": apart} if apart else {}))
+    return dumps({type(what).__name__.lower(): fields})
 
 
 class Trace(Sequence[Event]):
@@ -85,6 +93,7 @@ class Trace(Sequence[Event]):
 
     def __init__(self, header: dict[str, Any] | None = None) -> None:
         self.header: dict[str, Any] = header or {}
+        self.cut = ""  # what was left out of the file that it was read from; empty: nothing
         self._notes: list[tuple[int, Note]] = []  # and after how many events
         self._rows = array("d")  # events one after the other, without their own figures
         self._extra: dict[str, array[float]] = {}
@@ -119,14 +128,18 @@ class Trace(Sequence[Event]):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names that `column` knows: the fields of `Event`, and the method's own figures."""
-        return (*_COLUMNS, *self._extra)
+        """The names that `column` knows: the fields of `Event`, and the method's own figures (``extra.loss`` for one that
+        is named like a field)."""
+        return (*_COLUMNS, *(f"extra.{name}" if name in _COLUMNS else name for name in self._extra))
 
     def column(self, name: str) -> Tensor:
         """One quantity of all events: int64 for worker, step and lag, else float64. [events]"""
         if name not in self.columns:
             raise KeyError(f"the trace has no column {name!r}; it has {', '.join(self.columns)}")
-        data = self._rows[_COLUMNS[name] :: len(_COLUMNS)] if name in _COLUMNS else self._extra[name]
+        if name in _COLUMNS:
+            data = self._rows[_COLUMNS[name] :: len(_COLUMNS)]
+        else:
+            data = self._extra[name if name in self._extra else name.removeprefix("extra.")]
         return torch.tensor(data, dtype=torch.float64).to(torch.int64 if name in _WHOLE else torch.float64)
 
     def __len__(self) -> int:
@@ -173,13 +186,26 @@ class Trace(Sequence[Event]):
 
     @classmethod
     def read(cls, path: str | Path) -> Trace:
-        """The trace in the file ``path``; ``ValueError`` with the line where it is none."""
+        """The trace in the file ``path``; ``ValueError`` with the line where it is none.
+
+        A file whose last line is cut, or that has NUL bytes, as after a power cut or on a full disk, is read up to its last
+        whole line: `Trace.cut` says so, and a ``UserWarning``.
+        """
         trace = cls()
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    trace._take(json.loads(line), first=number == 1)
+                    trace._take(json.loads(line.decode("utf-8", "surrogateescape")), first=number == 1)
                 except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+                    nul, open_end = b"\0" in line, not line.endswith(b"\n")
+                    if number > 1 and isinstance(error, json.JSONDecodeError) and (nul or open_end):
+                        trace.cut = (
+                            f"{path}: line {number} {'has NUL bytes' if nul else 'is cut'}, as after a power cut or on a full "
+                            f"disk; the {len(trace)} gradients before it are read, it and {sum(1 for _ in file)} lines after "
+                            "it are left out"
+                        )
+                        warnings.warn(trace.cut, stacklevel=2)
+                        return trace
                     raise ValueError(
                         f"{path}, line {number} is no line of an {FORMAT!r} file ({error}); "
                         "give a file that `offbeat simulate --out` has written"
@@ -198,9 +224,11 @@ class Trace(Sequence[Event]):
         elif "incident" in line:
             self.note(Incident(**line["incident"]))
         elif "evaluation" in line:
-            self.note(Evaluation(**line["evaluation"]))
+            about = line["evaluation"]
+            self.note(Evaluation(**about | {"figures": numbers(about["figures"])}))
         elif "deeds" in line:
             self.note(Deeds(**line["deeds"]))
         else:
-            extra = {name: line.pop(name) for name in list(line) if name not in _COLUMNS}
-            self.add(Event(**line, extra=extra))
+            extra = line.pop("extra", {}) | {name: line.pop(name) for name in list(line) if name not in _COLUMNS}
+            known: dict[str, Any] = numbers(line) | {name: line[name] for name in _WHOLE}  # where null is an error
+            self.add(Event(**known, extra=numbers(extra)))

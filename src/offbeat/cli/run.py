@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from ..engines.speed import Speed
 from ..experiment import show, warmed
 from ..failure import Failure
 from ..names import read
+from ..plain import dumps
 from ..trace import Trace
 from .command import FAILED, INTERRUPTED, Command, Refused, told, writable
 from .display import board, command_line, err, out, page, table
@@ -225,7 +225,7 @@ class Serve(Command):
         address = f"{self.host}:{server.port}"
         with contextlib.nullcontext(_lines) if self.status else board(self.gradients) as tell:
             if self.status:
-                print(json.dumps({"address": address}), flush=True)
+                print(dumps({"address": address}), flush=True)
             else:
                 err.print(f"offbeat: workers may join with OFFBEAT_SERVER={address}")
             well = server.run(_watch(server, tell), self.evaluations)
@@ -319,7 +319,7 @@ def _ended(server: Host, status: int) -> int:
 
 
 def _lines(status: dict[str, Any]) -> None:
-    print(json.dumps(status), flush=True)
+    print(dumps(status), flush=True)
 
 
 def _log(text: str) -> None:
@@ -337,6 +337,6 @@ def _finished(folder: Path, argv: Sequence[str], gradients: int | None) -> dict[
     last = trace.evaluations[-1].figures if trace.evaluations else {}
     figures = {n: v for n, v in Run(x, trace, trace[-1].seconds, last).summary().items() if v == v}
     summary = {"command": command_line(argv), "failure": "", "message": "", "figures": figures}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(dumps(summary, indent=1) + "\n", encoding="utf-8")
     page((trace, summary), folder)
     return figures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from ..experiment import Cell, Comparison, Grid, compare, rerun, show, warmed
 from ..failure import Failure
 from ..methods import all_methods, find
 from ..names import read
+from ..plain import dumps
 from ..tasks import catalogue
 from ..trace import Trace
 from .command import FAILED, INTERRUPTED, Command, told, writable
@@ -134,7 +134,7 @@ class Simulate(Command):
             message, status = f"interrupted after {len(simulation.trace)} of {self.gradients} gradients", INTERRUPTED
         summary = {"command": command_line(argv), "failure": failure, "message": message, "figures": figures}
         simulation.trace.write(folder / "trace.jsonl")
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (folder / "summary.json").write_text(dumps(summary, indent=1) + "\n", encoding="utf-8")
         if figures:
             out.print(table([name, f"workers: {workers}"], [[n, show(n, v)] for n, v in figures.items()]))
         page((simulation.trace, summary), folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -35,6 +36,8 @@ class Stale(NamedTuple):
     lr: Number  # the rate now (eta)
     velocity: Callable[[], Tensor]  # what the master last moved along for this worker, before the rate (v_i) [d]
     sums: tuple[Tensor, ...] = ()  # what the correction's `sums` come to over the whole model, 0-dim each
+    apart: bool = False  # the mover's `apart`: the velocity is the worker's own, and 0 at its first visit
+    fading: float = 0.999  # the mover's `fading`
 
     @property
     def lag(self) -> Tensor:
@@ -113,6 +116,9 @@ class Master(GradientServer):
         if hasattr(self, "momentum"):
             require(self, "momentum", 0 <= self.momentum < 1, "must be in [0, 1)")
 
+    apart: ClassVar[bool] = False
+    """Whether the mover keeps a velocity for each worker, which is 0 until that worker's first gradient."""
+
     # what a mover writes
 
     def begin(self, x: Tensor) -> Any:
@@ -138,6 +144,11 @@ class Master(GradientServer):
     def velocity(self, shared: Any, mine: Any, g: Tensor) -> Tensor:
         """What the master last moved along for this worker, before the rate; the gradient where it keeps none. [d]"""
         return g
+
+    @property
+    def fading(self) -> float:
+        """Decay of the mean square that the mover keeps of its directions (beta2 of Adam); 0.999 where it keeps none."""
+        return 0.999
 
     # the server's handlers
 
@@ -169,8 +180,18 @@ class Master(GradientServer):
     def stale(self, s: MasterState, own: Seat, msg: Tensor) -> Stale:
         """The gradient that has arrived, as a correction sees it."""
         lr = self.rate_for(s, own)
+        velocity = partial(self.velocity, s.mover, own.mover, msg)
         return Stale(
-            msg, self.decay(s), s.x, own.sent, s.step, own.at, lr, lambda: self.velocity(s.mover, own.mover, msg)
+            msg,
+            self.decay(s),
+            s.x,
+            own.sent,
+            s.step,
+            own.at,
+            lr,
+            velocity,
+            apart=self.apart,
+            fading=self.fading,
         )
 
     def sums(self, s: MasterState, own: Seat, msg: Tensor) -> tuple[Tensor, ...]:

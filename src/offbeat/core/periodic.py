@@ -7,6 +7,7 @@ at them. The inner one may be a `Local`, a `RoundGossipMethod`, or again a `Peri
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple
@@ -34,9 +35,23 @@ class PeriodicMethod(Averageable):
     def boundary(self, step: int) -> int:
         """The first step, from ``step`` on, at which a block of the outermost method begins."""
         begin = 0
-        while begin < step:
+        while begin < min(step, self.steady):
             begin += self.span(begin)
-        return begin
+        if begin >= step:
+            return begin
+        span = self.span(begin)
+        return begin - (begin - step) // span * span
+
+    @property
+    def settled(self) -> float:
+        """The step of a peer from which on `length` is one number. A method with a `length` of its own may say it here: if it
+        does not, that is infinity, and `boundary` counts blocks."""
+        return 0 if type(self).length in (PeriodicMethod.length, OuterMethod.length) else math.inf
+
+    @property
+    def steady(self) -> float:
+        """The same of `span`."""
+        return self.settled
 
     def span(self, done: int) -> int:
         """How many gradients of this peer the block has that begins after ``done`` of them."""
@@ -121,10 +136,16 @@ class OuterMethod(PeriodicMethod):
     def span(self, done: int) -> int:
         if not isinstance(self.inner, PeriodicMethod):
             return self.length(done)
+        if done >= self.inner.steady:
+            return self.length(done) * self.inner.span(done)
         total = 0
         for _ in range(self.length(done)):
             total += self.inner.span(done + total)
         return total
+
+    @property
+    def steady(self) -> float:
+        return max(self.settled, self.inner.steady) if isinstance(self.inner, PeriodicMethod) else self.settled
 
     def init(self, start: Tensor) -> Nested:
         inner = self.inner.init(start)

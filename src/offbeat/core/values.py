@@ -10,7 +10,9 @@ import ast
 import difflib
 import math
 import threading
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any, NoReturn
 
 _ALONE = threading.Lock()  # Python 3.11's parser fails now and then when two threads use it at once
@@ -55,32 +57,47 @@ def unknown(what: str, name: str, known: Mapping[str, object] | list[str]) -> st
 def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> Any:
     """The value that ``text`` (a ``repr``) describes: literals and calls of the constructors in ``names``, nothing else.
 
-    Raises ``ValueError`` with the offending part for anything that is neither.
+    Raises ``ValueError`` with the offending part for anything that is neither. Text from a stranger costs no more time and
+    memory than its length, and warns of nothing.
     """
+    short = _beginning(text)
     try:
-        with _ALONE:
+        with _ALONE, warnings.catch_warnings():
+            for doubtful in (SyntaxWarning, DeprecationWarning):  # of what no repr has, such as '\d' or 1or 2
+                warnings.simplefilter("error", doubtful)
             tree = ast.parse(text.strip().replace("\0", "\\0"), mode="eval")  # of a NUL some Pythons say something else
-        return _build(tree.body, text, names)
+        return _build(tree.body, short, names)
     except SyntaxError as error:
-        raise ValueError(f"cannot read the value {text!r}: {error.msg}") from None
-    except TypeError as error:  # a constructor was called with what it does not take
-        raise ValueError(f"cannot read the value {text!r}: {error}") from None
+        raise ValueError(f"cannot read the value {short!r}: {error.msg}") from None
+    except (TypeError, ArithmeticError) as error:  # a constructor was called with what it does not take
+        raise ValueError(f"cannot read the value {short!r}: {error}") from None
     except (RecursionError, MemoryError):
         raise ValueError(f"cannot read the value {text[:40]!r}...: it is nested too deeply") from None
+
+
+def _shown(node: ast.expr) -> str:
+    """The part of a text that cannot be read, or its beginning."""
+    return _beginning(ast.unparse(node))
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _build(node: ast.expr, text: str, names: Mapping[str, Callable[..., Any]]) -> Any:
     if isinstance(node, ast.Call):
         if not isinstance(node.func, ast.Name) or any(k.arg is None for k in node.keywords):
-            raise ValueError(f"cannot read {ast.unparse(node)!r} in {text!r}: only plain constructor calls are allowed")
+            raise ValueError(f"cannot read {_shown(node)!r} in {text!r}: only plain constructor calls are allowed")
         if node.func.id not in names:
-            raise ValueError(unknown("constructor", node.func.id, dict(names)))
+            raise ValueError(unknown("constructor", _beginning(node.func.id), dict(names)))
         args = [_build(a, text, names) for a in node.args]
         return names[node.func.id](*args, **{str(k.arg): _build(k.value, text, names) for k in node.keywords})
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):  # 0.1 * Warmup(500)
         factors = _build(node.left, text, names), _build(node.right, text, names)
-        if any(isinstance(f, str | bytes | tuple) for f in factors):
-            raise ValueError(f"cannot read {ast.unparse(node)!r}: only numbers and schedules can be multiplied")
+        if not all(
+            isinstance(f, int | float) or is_dataclass(f) for f in factors
+        ):  # not [0], of which it makes as many
+            raise ValueError(f"cannot read {_shown(node)!r}: only numbers and schedules can be multiplied")
         return factors[0] * factors[1]
     if isinstance(node, ast.Tuple):
         return tuple(_build(e, text, names) for e in node.elts)
@@ -91,6 +108,4 @@ def _build(node: ast.expr, text: str, names: Mapping[str, Callable[..., Any]]) -
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise ValueError(
-            f"cannot read {ast.unparse(node)!r} in {text!r}: it is no literal and no known value"
-        ) from None
+        raise ValueError(f"cannot read {_shown(node)!r} in {text!r}: it is no literal and no known value") from None

@@ -41,6 +41,10 @@ class AsyncAdam(Master):
         require(self, "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "must be two in [0, 1)")
         require(self, "eps", self.eps > 0, "must be above 0")
 
+    @property
+    def fading(self) -> float:
+        return self.betas[1]
+
     def _adam(self) -> Adam:
         return Adam(self.lr, betas=self.betas, eps=self.eps)
 

@@ -184,7 +184,9 @@ class FedBuff(AsyncLocalSGD, name="fedbuff"):
     """Buffered asynchronous averaging: an outer step with the mean of every ``buffer`` pseudo-gradients.
 
     Nguyen et al. Federated Learning with Buffered Asynchronous Aggregation. AISTATS 2022. arXiv:2106.06639.
-    Differences from the paper: no secure aggregation and no weights by staleness; workers are always the same ones.
+    Differences from the paper: no secure aggregation and no weights by staleness; workers are always the same ones. The
+    step is along the mean of the K pseudo-gradients, so that a rate means the same for any K; the authors' program adds
+    them up: its rate eta is ``outer_lr = buffer * eta`` here.
     Weight decay is the inner rule's, the server's point is evaluated.
     """
 

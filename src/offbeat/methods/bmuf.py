@@ -30,7 +30,8 @@ class BMUF(OuterMethod):
     optimization and blockwise model-update filtering. ICASSP 2016.
     Differences from the paper: its text was not at hand; the form is fairseq's, on the mean over workers. CNTK's form,
     S <- eta S + (1 - eta) zeta sum_i (G - W_i), is block_momentum = eta, block_lr = (1 - eta) zeta n for n workers. S is
-    not rescaled when the inner rate changes, which is where it differs from `SlowMo`.
+    not rescaled when the inner rate changes, and the peers' momentum is kept over a block's end (CNTK's program empties it:
+    ``buffering="reset"``), which is where it differs from `SlowMo`.
     Weight decay is the rule's, the mean over peers is evaluated. S is the same at all peers; one that joins gets it.
     """
 

@@ -32,6 +32,7 @@ class DanaZero(Master):
     a worker that comes starts with none, at the present look-ahead.
     """
 
+    apart = True
     momentum: float = 0.9
     """Nesterov momentum (gamma) of each worker, in [0, 1)."""
 

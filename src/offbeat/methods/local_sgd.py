@@ -39,3 +39,7 @@ class PostLocalSGD(OuterMethod):
 
     def length(self, done: int) -> int:
         return self.period if done >= self.start else 1
+
+    @property
+    def settled(self) -> float:
+        return self.start

@@ -29,6 +29,7 @@ class MultiASGD(Master):
     worker that comes starts with none.
     """
 
+    apart = True
     momentum: float = 0.9
     """Heavy-ball momentum (gamma) of each worker, in [0, 1)."""
 

@@ -32,7 +32,8 @@ class SGP(RoundGossipMethod):
     Assran, Loizou, Ballas, Rabbat. Stochastic Gradient Push for Distributed Deep Learning. ICML 2019. arXiv:1811.10792.
     Differences from the paper: any rule takes the local step, at z_i, and its move is taken off x_i; its buffers are not
     communicated. The weight is always sent, also on regular graphs where it stays 1.
-    Weight decay is the rule's, the mean of the z_i is evaluated. The sums of x and w are conserved by mixing, mass under way
+    Weight decay is the rule's, at z_i: a penalty is part of the loss whose gradient is taken there. (The authors' program
+    decays the numerator x_i, which is the same while w_i is 1, and less than the penalty where w_i is below.) The mean of the z_i is evaluated. The sums of x and w are conserved by mixing, mass under way
     counted. A message to a dead peer comes back to its sender; a peer that dies takes its mass along, and one that leaves in
     good order hands it to another. One that joins has weight 1 at another's z_i, out of what that one has above 1, and
     new where it has less: a step moves z_i by 1 / w_i of itself, so were the weights only divided, each crash and return
@@ -100,7 +101,7 @@ class OSGP(SGP):
     Differences from the paper: as for SGP; messages are exactly one step late, never more. While half of its mass is
     under way a peer's weight is below 1, so its own steps move z_i further; the mean is not affected. Before an exact
     average (SlowMo) what is under way is taken in.
-    Weight decay is the rule's, the mean of the z_i is evaluated.
+    Weight decay is the rule's, at z_i as for SGP; it matters here, as w_i is about 1 / 2 while messages are under way. The mean of the z_i is evaluated.
     """
 
     overlaps = True

@@ -36,12 +36,15 @@ class SlowMo(OuterMethod, name="slowmo"):
 
     Wang, Tantia, Ballas, Rabbat. SlowMo: Improving Communication-Efficient Distributed SGD with Slow Momentum. ICLR
     2020. arXiv:1910.00643 (alg. 1). With alpha = 1, beta = 0 it is the base plus averaging, with one worker, beta = 0 and
-    alpha < 1 it is Lookahead (arXiv:1907.08610), with alpha = 1 and base SGD it is `BMUF` while the rate is constant.
+    alpha < 1 it is Lookahead (arXiv:1907.08610), with base SGD it is `BMUF` while the rate is constant: both with
+    ``buffering="maintain"``, as public programs of those two keep the momentum over a block's end by default.
     Differences from the paper: gamma is the mean of the inner rates of the block's steps, which is the paper's gamma
     where the rate is constant. A schedule may so change it inside a block, and a warm-up that starts near 0 is safe: with
     the first step's rate u would be the block's move over next to nothing, and the next block, at a proper rate, would
     throw everybody far off. A block whose rates are all 0 moves nobody and adds nothing to u. Buffers are emptied at each
-    average, as the paper does for SGD bases; it maintains them for Adam.
+    average unless ``buffering`` says otherwise, as the paper does for SGD bases; for Adam it keeps them: say
+    ``SlowMo(Local(Adam()), buffering="maintain")``, as an emptied second moment makes the first steps of a block as
+    long as the rate in each coordinate.
     Weight decay is the base's, the mean over peers is evaluated. u and x_0 are the same at all peers; one that joins gets
     them, and empty buffers; one that dies takes its steps since the last average along.
     """

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from ..plain import numbers
+
 HOPELESS = 3
 """How often in a row a process may fail soon after its start, by itself, before the launch is given up."""
 
@@ -243,7 +245,7 @@ class Launch:
             if "address" in status:
                 self.addresses[k] = status["address"]
             elif k == 0:
-                self.watch(status)
+                self.watch(status | {"workers": [numbers(worker) for worker in status["workers"]]})
 
     def _stop(self, number: int, frame: Any) -> None:
         if self.asked is not None:  # asked twice: now
