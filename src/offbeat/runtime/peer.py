@@ -149,6 +149,9 @@ class Peer(Driver):
         self.monitor = threading.RLock()  # the node's state, and what has come for it
         self.changed = threading.Condition(self.monitor)
         self.incarnation, self.lost = 0, ""
+        self.failure: BaseException | None = (
+            None  # what a thread or a handler has raised, which another life would not cure
+        )
         self.over = threading.Event()
         self.link: Any = None  # to the coordinator
         self.listener: socket.socket | None = None
@@ -170,8 +173,9 @@ class Peer(Driver):
             try:
                 self._enter_together()
                 return
-            except LinkLost as lost:
+            except (LinkLost, Corrupt) as lost:
                 self._hang_up()
+                self._raise_failure()
                 taken = turned_away.look(lost)
                 if self.team.any(turned_away.over):
                     raise ValueError(str(lost)) from None
@@ -325,11 +329,34 @@ class Peer(Driver):
     # threads: what comes from the coordinator and from peers
 
     def _spawn(self, run: Callable[..., None], *about: Any) -> None:
-        """Run in a thread of its own, which ends with this life."""
-        thread = threading.Thread(target=run, args=about, daemon=True)
+        """Run in a thread of its own, which ends with this life. What it raises, the loop raises."""
+        head = self.head
+
+        def guarded() -> None:
+            try:
+                run(*about)
+            except BaseException as error:
+                self._fail(error, head)
+
+        thread = threading.Thread(target=guarded, daemon=True)
         with self.monitor:  # others may do so as well
             thread.start()
             self.threads = [*(t for t in self.threads if t.is_alive()), thread]
+
+    def _fail(self, error: BaseException, head: Header) -> None:
+        """End this worker, if the life of ``head`` is not over: its loop raises ``error`` as soon as it waits or sends."""
+        with self.changed:
+            if head is not self.head or not self.incarnation:
+                return
+            error.add_note(f"raised in a thread of worker {head.worker}, which cannot go on")
+            self.failure = self.failure or error
+            self.lost = self.lost or f"worker {head.worker} has failed ({error!r})"
+            self.changed.notify_all()
+        self.link.hang_up()
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
 
     def _read(self, link: Link, life: int) -> None:
         """Take what the coordinator sends: news at once, answers for whoever has asked."""
@@ -388,7 +415,11 @@ class Peer(Driver):
             except OSError:
                 time.sleep(0.05)  # what is refused to one peer, such as too many files, passes
                 continue
-            self._spawn(self._react, sock, f"the peer at {address[0]}:{address[1]}", life)
+            try:
+                self._spawn(self._react, sock, f"the peer at {address[0]}:{address[1]}", life)
+            except RuntimeError as error:
+                sock.close()
+                self.say(f"refused: no thread for the peer at {address[0]}:{address[1]} ({error}); it dials again")
         listener.close()
 
     def _react(self, sock: socket.socket, name: str, life: int) -> None:
@@ -417,8 +448,9 @@ class Peer(Driver):
                 self._listen(caller)
             except LinkLost:
                 pass  # whoever it was comes again, or is dead, which the coordinator says
-            except (Corrupt, PermissionError, ValueError) as error:
-                self.say(f"refused: {error}: no link is made")
+            except Exception as error:  # of what the other end has sent, or for want of memory
+                what = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+                self.say(f"refused: {what}: no link is made")
 
     def _listen(self, caller: Caller) -> NoReturn:
         """Take all that a peer says, but for what the loop takes."""
@@ -459,10 +491,18 @@ class Peer(Driver):
                 f"life {frame.header.incarnation} of worker {frame.header.worker} speaks on the link of life "
                 f"{hello.incarnation} of worker {hello.worker}: refused"
             )
-        if frame.header.kind == Kind.MEAN:
-            self._give(link, frame)
-        else:
-            self._take(link, frame, caller.life)
+        try:
+            if frame.header.kind == Kind.MEAN:
+                self._give(link, frame)
+            else:
+                self._take(link, frame, caller.life)
+        except (LinkLost, Corrupt):
+            raise
+        except Exception as error:  # of a handler: it would come again however often the message does
+            with contextlib.suppress(LinkLost):
+                link.send(self.head._replace(kind=Kind.REFUSED), None, {"why": repr(error)[:1000]})
+            self._fail(error, self.head)
+            raise LinkLost(f"this worker has failed ({error!r})") from error
 
     def _come(self, link: Link, name: str, header: Header, life: int) -> None:
         """A peer wants to join this one's circle, which the loop's thread sees to."""
@@ -594,8 +634,9 @@ class Peer(Driver):
         if deeds:
             note["deeds"] = deeds
         if self.losses:
-            note |= {"losses": self.losses, "compute": self.computes, "waited": self.waits, "sent": self.sent}
-            self.sent = 0
+            with self.monitor:  # pushes are counted by threads of their own
+                sent, self.sent = self.sent, 0
+            note |= {"losses": self.losses, "compute": self.computes, "waited": self.waits, "sent": sent}
             note["used"], self.used = 0 if self.team.rank else self.used, 0  # minibatches are the first rank's
             self.losses, self.computes, self.waits = [], [], []
         self.said = time.monotonic()
@@ -778,8 +819,7 @@ class Peer(Driver):
         late = time.monotonic() + self.timeout
         head = head._replace(kind=kind, version=number, step=self.node.step)
         due = {Kind.REPLY: self.answer.bytes} if kind == Kind.ASK else {Kind.ANSWER: 0}
-        if kind in (Kind.HEIR, Kind.SEND):
-            due[Kind.REFUSED] = 0
+        due[Kind.REFUSED] = 0
         while True:
             with self.monitor:
                 about = self.alive.get(to)
@@ -793,8 +833,13 @@ class Peer(Driver):
                 link = self._dial(to, about)
                 form = form or self.message
                 link.send(head, form.pack(msg, link.room(form.bytes)), note)
-                self.sent += form.bytes
-                return link.recv(due, f"worker {to}'s answer")
+                with self.monitor:
+                    self.sent += form.bytes
+                frame = link.recv(due, f"worker {to}'s answer")
+                if frame.header.kind == Kind.REFUSED and frame.note:
+                    self.say(f"worker {to} fails, and takes no message: {str(frame.note.get('why'))[:1000]}")
+                    return None
+                return frame
             except (LinkLost, Corrupt, PermissionError) as error:  # who is gone may have left its port to a stranger
                 if time.monotonic() > late:
                     late = math.inf
@@ -826,8 +871,9 @@ class Peer(Driver):
         return link
 
     def _drop(self, to: int) -> None:
-        if to in self.links:
-            self.links.pop(to).close()
+        link = self.links.pop(to, None)  # at once, as several threads may
+        if link is not None:
+            link.close()
 
     def _receive(self, request: Recv) -> dict[int, Message]:
         """A message of the round from each source, but for those who will not send one any more."""
@@ -1124,6 +1170,7 @@ class Peer(Driver):
         end = time.monotonic() + 5.0
         for thread in self.threads:  # one that is inside of torch while Python ends would abort the process
             thread.join(max(0.0, end - time.monotonic()))
+        self._raise_failure()
 
     def _bequeath(self) -> None:
         """Hand over what others need, to the first of them who does not leave as well."""
@@ -1156,6 +1203,7 @@ class Peer(Driver):
     def _mend(self, lost: LinkLost) -> None:
         """The coordinator is gone: join again, as a new life."""
         self._hang_up()
+        self._raise_failure()
         self._dies(lost, "dialling again, as a new life")
         self._join()
 
