@@ -84,7 +84,9 @@ def test_a_handler_that_raises_ends_its_own_worker_and_no_other(
     for thread in run.threads[1:]:
         until(lambda thread=thread: not thread.is_alive(), "the others' end", 60)
     assert run.errors == [error]
-    assert any("fails, and takes no message: ZeroDivisionError('a mistake in a method')" in text for text in run.said)
+    assert any(
+        "has failed, and takes no message: ZeroDivisionError('a mistake in a method')" in text for text in run.said
+    )
 
 
 def test_a_first_frame_that_makes_no_sense_is_a_link_that_is_lost(

@@ -149,9 +149,7 @@ class Peer(Driver):
         self.monitor = threading.RLock()  # the node's state, and what has come for it
         self.changed = threading.Condition(self.monitor)
         self.incarnation, self.lost = 0, ""
-        self.failure: BaseException | None = (
-            None  # what a thread or a handler has raised, which another life would not cure
-        )
+        self.failure: BaseException | None = None  # of a thread or a handler: another life would not cure it
         self.over = threading.Event()
         self.link: Any = None  # to the coordinator
         self.listener: socket.socket | None = None
@@ -792,7 +790,8 @@ class Peer(Driver):
     def _exchange(
         self, kind: Kind, to: int, msg: Message, note: Any, form: Form | None = None, life: int | None = None
     ) -> Frame | None:
-        """Bring ``msg`` to a peer in its present ``life``; its acknowledgement or answer, None where that is over."""
+        """Bring ``msg`` to a peer in its present ``life``; its acknowledgement or answer, None where that is over or takes no
+        message."""
         self._delivered()
         self._sound(to, msg)
         with self.changed:
@@ -819,7 +818,7 @@ class Peer(Driver):
         late = time.monotonic() + self.timeout
         head = head._replace(kind=kind, version=number, step=self.node.step)
         due = {Kind.REPLY: self.answer.bytes} if kind == Kind.ASK else {Kind.ANSWER: 0}
-        due[Kind.REFUSED] = 0
+        due[Kind.REFUSED] = 0  # it leaves, or its loop has ended, or it has failed
         while True:
             with self.monitor:
                 about = self.alive.get(to)
@@ -836,10 +835,11 @@ class Peer(Driver):
                 with self.monitor:
                     self.sent += form.bytes
                 frame = link.recv(due, f"worker {to}'s answer")
-                if frame.header.kind == Kind.REFUSED and frame.note:
-                    self.say(f"worker {to} fails, and takes no message: {str(frame.note.get('why'))[:1000]}")
-                    return None
-                return frame
+                if frame.header.kind != Kind.REFUSED:
+                    return frame
+                if isinstance(frame.note, dict):
+                    self.say(f"worker {to} has failed, and takes no message: {str(frame.note.get('why'))[:1000]}")
+                return None
             except (LinkLost, Corrupt, PermissionError) as error:  # who is gone may have left its port to a stranger
                 if time.monotonic() > late:
                     late = math.inf
@@ -850,11 +850,12 @@ class Peer(Driver):
 
     def _dial(self, to: int, about: dict[str, Any]) -> Link:
         """The link to a peer, as it is in its present life."""
-        if to in self.links and self.lives[to] == about["life"]:
-            return self.links[to]
+        link: Link | None = self.links.get(to)
+        if link is not None and self.lives[to] == about["life"]:
+            return link
         self._drop(to)
         head = self.head
-        link: Link = dial(about["address"], self.place.token, f"worker {to}", self.timeout)
+        link = dial(about["address"], self.place.token, f"worker {to}", self.timeout)
         try:
             link.send(head._replace(kind=Kind.HELLO), None, {"machine": machine()})
             welcome = link.recv({Kind.WELCOME: 0}, "its welcome")
@@ -1180,7 +1181,7 @@ class Peer(Driver):
         while heirs := {name for name, about in self.alive.items() if about["place"] == "in"} - asked:
             self.numbers = number  # whoever takes it
             frame = self._exchange(Kind.HEIR, min(heirs), self.node.state, None, self.form)
-            if frame is not None and frame.header.kind == Kind.ANSWER:
+            if frame is not None:
                 return
             asked.add(min(heirs))
 
