@@ -35,6 +35,7 @@ from .journal import Journal, Unwritten, beyond, whole
 from .leases import Tickets
 from .link import Link, LinkLost, accept, listen
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
+from .streams import IN_A_ROW, Twins, sample
 
 Parse = Callable[[str], Any]
 
@@ -164,6 +165,7 @@ class Host(ABC):
         self.tickets = Tickets(terms.gradients)
         self.incarnation = 0
         self.refused = 0
+        self.twins = Twins()
         self.finished: set[int] = set()  # workers whose own loop has ended
         self.lives: dict[int, int] = {}  # how many lives each worker has had
         self.coming: dict[int, Any] = {}  # numbers of workers that are being welcomed, and their processes
@@ -646,11 +648,20 @@ class Host(ABC):
             self.tickets.done += 1
 
     def _record(
-        self, session: Session, step: int, count: int, note: dict[str, Any], length: int, extra: dict[str, float]
+        self,
+        session: Session,
+        step: int,
+        count: int,
+        note: dict[str, Any],
+        length: int,
+        extra: dict[str, float],
+        first: Tensor | None = None,
     ) -> None:
-        """Record ``count`` gradients of a worker from its ``step`` on, which took effect now; under the lock."""
+        """Record ``count`` gradients of a worker from its ``step`` on, which took effect now, and of whose message ``first`` is a
+        tensor; under the lock."""
         now = self.last = self.seconds
         losses, compute, waited = (_floats(note.get(name), count) for name in ("losses", "compute", "waited"))
+        self._compare(session.worker, step, losses, first)
         for k in range(count):
             last = k == count - 1
             event = Event(
@@ -671,6 +682,19 @@ class Host(ABC):
         self._used(session, note.get("used"))
         session.losses.extend(loss for loss in losses if math.isfinite(loss))
         session.moments.append((now, self.steps[session.worker]))
+
+    def _compare(self, worker: int, step: int, losses: list[float], first: Tensor | None) -> None:
+        """See whether the worker computes the same as another one: by its losses, or by a tensor of its message where it tells none."""
+        last = len(losses) - 1
+        for k, loss in enumerate(losses):
+            mark = loss if math.isfinite(loss) else sample(first) if k == last and first is not None else None
+            two = None if mark is None else self.twins.see(worker, step + k, mark)
+            if two is not None and not self.terms.shard[0]:
+                self.say(
+                    f"workers {two[0]} and {two[1]} compute the very same: {IN_A_ROW} losses or gradients in a row were equal, so the "
+                    "work is done twice; the script sets a seed after its Replica is made, or draws from a generator with one seed "
+                    "for all: set the seed before, add replica.id to it, or take minibatches from replica.shard(loader)"
+                )
 
     def _gone(self, session: Session, orderly: bool) -> None:
         """A worker's life is over: under the lock."""

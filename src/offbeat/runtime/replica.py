@@ -24,6 +24,7 @@ from .optimizer import Lending
 from .passes import shard
 from .peer import Peer, Solitary
 from .place import Place
+from .streams import seed_streams
 from .team import Team, Together
 from .worker import Alone, Driver, Parse, Remote, Worker
 
@@ -48,6 +49,11 @@ class Replica:
     is dialled again for up to ``OFFBEAT_PATIENCE`` seconds. SIGTERM makes the worker finish its step, leave in good order
     and exit; see `offbeat.runtime.exit` for what happens where no step comes, and `leave` for the end of a script. A handler
     for SIGTERM that the script has set before stays in place, and nothing else is done.
+
+    In a run of several, each worker has random numbers of its own from here on: torch (all devices), ``random`` and numpy are seeded
+    by what the script's own seed would have given next, the run's seed, the worker's number and the steps that it has taken. So a
+    script that has set a seed before, and draws its minibatches itself, has no two workers draw the same, and one that is started
+    again does not repeat itself. Draw from a generator of your own with ``replica.id`` in its seed.
 
     Clip, accumulate and scale gradients as with an optimizer: gradients are those of ``model.parameters()`` until `step`,
     and ``scaler.step(replica)`` works. A step that the scaler would skip is taken with a gradient of 0: nobody waits for
@@ -101,6 +107,9 @@ class Replica:
             self.worker = enter(
                 place, x0, method, {"layout": layout_of(model)}, read, _say, self._member.told, self._lending, self.team
             )
+            if place.servers:
+                terms = self.worker.terms
+                seed_streams(terms.seed, terms.worker, terms.step, self.team.rank)
             self._life = 0  # of the worker, whose parameters the model holds
             self._shown = False  # whether the model holds the shipped parameters instead
             self._take()

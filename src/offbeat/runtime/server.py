@@ -200,7 +200,9 @@ class RunServer(Host):
             self.sessions[other].outbox.put((server.version, reply))
         session.visits += 1
         session.lag, session.gap = lag, gap
-        self._record(session, header.step, header.gradients, note, header.length, extra)
+        self._record(
+            session, header.step, header.gradients, note, header.length, extra, next(iter(leaves(message)), None)
+        )
 
     def _places(self, session: Visitor) -> Sequence[Tensor]:
         """Where a kernel may write the vectors of the worker's next reply; none where they would have to be brought to it."""
