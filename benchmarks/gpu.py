@@ -65,7 +65,8 @@ def plain(problem: Supervised, gradients: int) -> None:
 
 
 def simulated(problem: Supervised, workers: int, gradients: int) -> None:
-    run = ob.simulate(ob.methods.DanaZero(lr=0.1 / workers), problem, ob.Cluster(workers), gradients=gradients)
+    method, cluster = ob.methods.DanaZero(lr=0.1 / workers), ob.Cluster(workers)
+    run = ob.simulate(method, problem, cluster, gradients=gradients, lanes="auto")
     settle(run.x.device)
 
 
@@ -137,7 +138,7 @@ def whole() -> None:
     gradients = EPOCHS * (IMAGES // task.batch)
     method = ob.methods.DanaZero(lr=ob.Warmup(5 * IMAGES // task.batch) * (0.1 / WORKERS), weight_decay=1e-4)
     start = time.perf_counter()
-    run = ob.simulate(method, task, ob.Cluster(WORKERS), gradients=gradients)
+    run = ob.simulate(method, task, ob.Cluster(WORKERS), gradients=gradients, lanes="auto")
     took = time.perf_counter() - start
     print(f"{torch.cuda.get_device_name()}: {took / 3600:.2f} h, {gradients * task.batch / took:,.0f} images/s")
     print(run.summary())

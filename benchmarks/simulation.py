@@ -2,8 +2,8 @@
 
 The plain loop is what anybody would write for one machine: minibatches from tensors in memory, forward, backward,
 ``optimizer.step()`` with Nesterov momentum, an evaluation at the end. The simulated run does as many gradients under
-DANA-Zero, with its trace and its metrics, and the same evaluation. ResNet-20 has minibatches of 128, cropped and flipped in
-both; its evaluation is of 1,000 images.
+DANA-Zero, with its trace and its metrics, and the same evaluation; how it takes its gradients is measured
+(``lanes="auto"``). ResNet-20 has minibatches of 128, cropped and flipped in both; its evaluation is of 1,000 images.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ def plain(problem: Supervised, gradients: int) -> None:
 
 
 def simulated(task: Recipe, workers: int, gradients: int) -> None:
-    ob.simulate(ob.methods.DanaZero(lr=0.05 / workers), task, ob.Cluster(workers), gradients=gradients)
+    method, cluster = ob.methods.DanaZero(lr=0.05 / workers), ob.Cluster(workers)
+    ob.simulate(method, task, cluster, gradients=gradients, lanes="auto")
 
 
 def seeds(task: Recipe, beside: bool) -> None:
     tasks = [task, *(task.reseeded(seed) for seed in range(1, SEEDS))]
-    runs = [Simulation(ob.methods.DanaZero(lr=0.01), t, ob.Cluster(8), 500) for t in tasks]
+    runs = [Simulation(ob.methods.DanaZero(lr=0.01), t, ob.Cluster(8), 500, lanes="auto") for t in tasks]
     for part in [runs] if beside else [[run] for run in runs]:
         together(part)
 

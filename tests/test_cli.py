@@ -157,6 +157,18 @@ def test_simulate_takes_gradients_as_it_is_told(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("_no_page")
+def test_what_is_measured_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--task", "digits", "--gradients", "40", "--lanes", "auto", "--workers", "4", "--out", "x"]
+    text = told(capsys, "simulate", *argv)
+    header = ob.Trace.read("x/trace.jsonl").header
+    way = "abreast" if header["abreast"] > 1 else "lanes"
+    assert f"--{way} {header[way]}," in text
+    text = told(capsys, "compare", "--methods", "asgd", "--seeds", "0", "--evaluations", "1", "--jobs", "1", *argv)
+    lanes = max(cell.trace.header["lanes"] for cell in Comparison.read("x").cells)
+    assert f"of 4 workers were taken in up to {lanes} lanes" in text
+
+
+@pytest.mark.usefixtures("_no_page")
 def test_a_field_that_a_flag_hides_keeps_its_prefix(capsys: pytest.CaptureFixture[str]) -> None:
     told(capsys, "simulate", "--method", "ssp", "--method.method", "DanaZero(0.02)", *QUICK, "--out", "x")
     assert "SSP(method=DanaZero(lr=0.02" in ob.Trace.read("x/trace.jsonl").header["method"]

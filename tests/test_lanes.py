@@ -6,9 +6,12 @@ import itertools
 import subprocess
 import sys
 import threading
+import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import mul
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 import offbeat as ob
 from offbeat.core.problem import Batched, Point
 from offbeat.engines import lanes as lanes_module
-from offbeat.engines.lanes import Lanes
+from offbeat.engines.lanes import AUTO, Lanes
 from offbeat.engines.simulator import Simulation, together
 from offbeat.experiment import Grid, compare, rerun
 from offbeat.failure import Diverged
@@ -205,17 +208,20 @@ def test_what_is_played_back_is_what_was_recorded(net: Callable[[], nn.Module]) 
 
 @pytest.mark.parametrize("net", [plain, Mixed, convolutional, attentive])
 def test_a_gradient_that_is_played_back_is_the_gradient(net: Callable[[], nn.Module]) -> None:
-    """The very bits, with what it draws, alone and from a copy that draws from a stream of its own."""
+    """The very bits, with what it draws, also where it is prepared for another thread."""
     played, called = problem(net, flip), problem(net, flip)
     called._live.tape = Never()
-    apart = played.apart()
     state = torch.get_rng_state()
+    prepared = 0
     for call in range(OFTEN + 4):
         x = played.x0() * (1 + call / 10)
         theirs = called.grad(x, 1, call)
-        for problems in (played, apart):
-            assert all(map(torch.equal, problems.grad(x, 1, call), theirs))
-    assert len(played._live.tape.tapes) == len(apart._live.tape.tapes) == 1
+        if gradient := played.prepare(Point(played, x, 1, call)):
+            assert all(map(torch.equal, gradient(), theirs))
+            prepared += 1
+        assert all(map(torch.equal, played.grad(x, 1, call), theirs))
+    assert len(played._live.tape.tapes) == 1
+    assert prepared
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -337,12 +343,10 @@ def test_a_run_in_lanes_is_the_run_one_by_one(method: ob.Method) -> None:
         for name in ("seconds", "worker", "step", "lag"):
             assert torch.equal(run.trace.column(name), runs[0].trace.column(name))
         torch.testing.assert_close(run.trace.column("loss"), runs[0].trace.column("loss"), rtol=1e-8, atol=1e-10)
-    assert [run.trace.header["lanes"] for run in runs] == [1, 3, 100]
-    assert rerun_equal(runs[2], method, cluster)
-
-
-def rerun_equal(run: ob.Run, method: ob.Method, cluster: ob.Cluster) -> bool:
-    return ob.simulate(method, problem(convolutional), cluster, gradients=60, lanes=100).trace == run.trace
+    assert [run.trace.header["lanes"] for run in runs] == [1, 3, 4], "what was taken"
+    again = ob.simulate(method, problem(convolutional), cluster, gradients=60, lanes=4)
+    assert again.trace == runs[2].trace
+    assert torch.equal(again.x, runs[2].x)
 
 
 def test_seeds_side_by_side_are_the_seeds_alone() -> None:
@@ -387,8 +391,8 @@ class Counting:
     def reseeded(self, seed: int) -> Counting:
         return self
 
-    def apart(self) -> Counting:
-        raise ValueError("its clock is one for all threads")
+    def prepare(self, point: Point) -> None:
+        return None
 
     def room(self, point: Point) -> int:
         return 6
@@ -416,35 +420,75 @@ def test_lanes_are_taken_where_they_are_measured_to_be_faster(
     alone: float, each: float, gradients: int, lanes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lanes_module, "time", clock)
-    monkeypatch.setattr(lanes_module, "_known", {})  # by their reprs, which are addresses here, and used again
     counted = Counting(alone, each)
     assert isinstance(counted, Batched)
     points = [Point(counted, counted.x0(), worker, 0) for worker in range(8)]
-    takes = Lanes(counted, None, None, gradients)
-    assert len(takes(points)) == lanes
-    spent = clock.now
+    takes = Lanes(counted, AUTO, 1, gradients)
+    assert len(takes(points)) == takes.taken == lanes
     counted.calls.clear()
-    assert Lanes(counted, None, None, gradients).decide(points) == (lanes, 1)  # known by now
-    assert clock.now == spent
-    assert not counted.calls
+    assert len(takes(points)) == lanes
+    assert counted.calls == [lanes], "it is tried once"
+
+
+def test_by_default_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a clock was read, the result could depend on what else the machine does."""
+
+    def read() -> float:
+        raise AssertionError("a clock is read")
+
+    for name in ("perf_counter", "monotonic", "process_time", "thread_time", "time"):
+        monkeypatch.setattr(time, name, read)
+        monkeypatch.setattr(time, f"{name}_ns", read)
+    run = ob.simulate(ob.methods.DanaZero(lr=0.01), ob.tasks.Digits(), ob.Cluster(4), gradients=60, evaluate_every=20)
+    assert {name: run.trace.header[name] for name in ("lanes", "abreast")} == {"lanes": 1, "abreast": 1}
+    grid = Grid(
+        methods=("asgd", "sgp"), workers=(2,), seeds=(0, 1), gradients=30, evaluations=1, task=ob.tasks.Digits()
+    )
+    assert {cell.trace.header["lanes"] for cell in compare(grid, jobs=1).cells} == {1}
+
+
+def test_a_trial_s_warnings_are_dropped_and_a_module_s_own_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The later, the slower, so that lanes are not taken; or the faster. What they cost is said by no later call either."""
+
+    class Warns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(108, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            warnings.warn("the module's own", UserWarning, stacklevel=1)
+            q = x.reshape(len(x), 1, 9, 12)
+            return self.layer(nn.functional.scaled_dot_product_attention(q, q, q).flatten(1))
+
+    for lanes, took in (
+        (1, map(float, itertools.accumulate(itertools.repeat(9), mul))),
+        (4, itertools.count(9.0, -1.0)),
+    ):
+        monkeypatch.setattr(lanes_module, "_timed", lambda act, took=took: (act(), next(took)))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run = ob.simulate(ob.methods.ASGD(lr=0.01), problem(Warns), ob.Cluster(4), gradients=400, lanes="auto")
+        assert run.trace.header["lanes"] == lanes
+        assert {str(each.message) for each in said} == {"the module's own"}
 
 
 @pytest.mark.parametrize("net", [branching, attentive])
 def test_what_is_impossible_or_another_result_in_lanes_is_done_one_by_one(net: object) -> None:
     """A module that branches on a value; one whose dropout draws in the order of a memory layout that lanes change."""
-    run = ob.simulate(ob.methods.ASGD(lr=0.01), problem(net), ob.Cluster(4), gradients=200)
+    run = ob.simulate(ob.methods.ASGD(lr=0.01), problem(net), ob.Cluster(4), gradients=200, lanes="auto")
     assert run.trace.header["lanes"] == 1
 
 
 def test_a_comparison_takes_lanes_for_all_seeds_and_does_not_depend_on_how_it_is_cut() -> None:
     grid = Grid(methods=("asgd", "sgp"), workers=(4,), seeds=(0, 1, 2), gradients=60, task=ob.tasks.Digits())
-    lanes = {4: 50}
-    assert [len(keys) for keys in grid.batches(lanes)] == [3, 3]
-    assert [len(keys) for keys in grid.batches({4: 1})] == [1] * 6
-    results = [compare(grid, jobs=jobs) for jobs in (1, 2)]
-    for a, b in zip(results[0].cells, results[1].cells, strict=True):
-        assert a.key == b.key
-        assert a.trace == b.trace
+    assert [len(keys) for keys in grid.batches(grid.lanes(50))] == [3, 3]
+    assert [len(keys) for keys in grid.batches(grid.lanes(1))] == [1] * 6
+    for lanes in (1, 50):
+        results = [compare(grid, jobs=jobs, lanes=lanes) for jobs in (1, 2)]
+        for a, b in zip(results[0].cells, results[1].cells, strict=True):
+            assert a.key == b.key
+            assert a.trace == b.trace
+            assert (a.trace.header["lanes"] > 1) == (lanes > 1)
 
 
 def test_a_trace_of_lanes_runs_again_to_the_same_bits() -> None:
@@ -494,35 +538,34 @@ def rough(g: Tensor) -> Tensor:
     return g + torch.rand_like(g)
 
 
-class Later(nn.Module):
-    """Draws at every call but its first."""
+def test_who_draws_from_torch_s_generator_disturbs_nothing_abreast() -> None:
+    """A callback's numbers are its own, and the run's are the run's, though there is one generator."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.calls = plain(), 0
+    def run(watch: Callable[[object], object] | None) -> ob.Trace:
+        method, cluster = ob.methods.ASGD(lr=0.01), ob.Cluster(4)
+        return ob.simulate(method, problem(convolutional), cluster, gradients=80, abreast=2, watch=watch).trace
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.layer(x) + (torch.rand(()) if self.calls > 1 else 0.0)
+    quiet, drawn = run(None), list[Tensor]()
+    torch.manual_seed(3)
+    assert run(lambda event: drawn.append(torch.rand(2))) == quiet
+    torch.manual_seed(3)
+    assert torch.equal(torch.stack(drawn), torch.stack([torch.rand(2) for _ in drawn]))
 
-    def __deepcopy__(self, memo: object) -> Later:
-        return Later()
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_what_cannot_be_copied_or_recorded_is_simulated_abreast(norm: Callable[[nn.Module], nn.Module]) -> None:
+    """The old kind of norm puts a tensor with a history into the module."""
 
-def test_what_draws_where_nothing_guards_it_is_not_taken_abreast(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = torch.get_num_threads()
-    with pytest.raises(RuntimeError, match="pass abreast=1"):
-        ob.simulate(ob.methods.ASGD(lr=0.01), problem(Later), ob.Cluster(4), gradients=20, abreast=2)
-    assert torch.get_num_threads() == threads
-    took = itertools.count(9.0, -1.0)  # the later, the faster
-    monkeypatch.setattr(lanes_module, "_timed", lambda act: (act(), next(took)))
-    later, state = problem(Later), torch.get_rng_state()
-    torch.set_num_threads(2)
-    try:
-        assert lanes_module._tried_abreast(later, [Point(later, later.x0(), 0, 0)] * 4, 100) == 1
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(torch.get_rng_state(), state)
+    def net() -> nn.Module:
+        return nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Flatten(), norm(nn.Linear(64, 4)))
+
+    runs = [
+        ob.simulate(ob.methods.ASGD(lr=0.01), problem(net), ob.Cluster(4), gradients=40, **how)
+        for how in ({"lanes": 1}, {"abreast": 2}, {"lanes": "auto"})
+    ]
+    for run in runs:
+        torch.testing.assert_close(run.x, runs[0].x, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(("seconds", "abreast"), [((3.0, 4.0, 3.2), 2), ((3.0, 4.0, 3.4), 1)], ids=["slower", "faster"])
@@ -543,25 +586,43 @@ def test_gradients_are_taken_abreast_where_one_by_one_is_measured_to_be(
         torch.set_num_threads(before)
 
 
+class Meeting:
+    """A problem whose gradients wait for each other, two and two."""
+
+    def __init__(self) -> None:
+        self.both = threading.Barrier(2, timeout=60)
+
+    def x0(self) -> Tensor:
+        return torch.zeros(3)
+
+    def grad(self, x: Tensor, worker: int, step: int) -> tuple[Tensor, Tensor]:
+        return x + 1, torch.zeros(())
+
+    def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
+        raise AssertionError("nobody asks for lanes")
+
+    def prepare(self, point: Point) -> Callable[[], tuple[Tensor, Tensor]]:
+        def gradient() -> tuple[Tensor, Tensor]:
+            self.both.wait()
+            return self.grad(point.x, point.worker, point.step)
+
+        return gradient
+
+    def kin(self) -> object:
+        return self
+
+    def reseeded(self, seed: int) -> Meeting:
+        return self
+
+    def room(self, point: Point) -> int:
+        return 1
+
+    def evaluate(self, x: Tensor) -> dict[str, float]:
+        return {}
+
+
 def test_gradients_abreast_are_taken_at_the_same_time() -> None:
-    """The second of each copy; the first shows that it does not draw, and is taken alone."""
-    both = threading.Barrier(2, timeout=60)
-
-    class Meeting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.calls = plain(), 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return backwards(self.meet if self.calls == 2 else torch.clone)(self.layer(x))
-
-        def meet(self, g: Tensor) -> Tensor:
-            both.wait()
-            return g
-
-    cluster = ob.Cluster(2, ob.Fixed(1.0))  # in turn, so that a copy that waits never holds up the event that frees it
-    run = ob.simulate(ob.methods.ASGD(lr=0.01), problem(Meeting), cluster, gradients=6, abreast=2)
+    run = ob.simulate(ob.methods.ASGD(lr=0.01), Meeting(), ob.Cluster(2, ob.Fixed(1.0)), gradients=6, abreast=2)
     assert len(run.trace) == 6
 
 
@@ -580,7 +641,7 @@ def test_lanes_abreast_are_refused() -> None:
         ob.simulate(ob.methods.ASGD(), problem(), ob.Cluster(4), gradients=9, lanes=2, abreast=2)
 
 
-@pytest.mark.parametrize("lanes", [0, -1, 1.5, "2"])
+@pytest.mark.parametrize("lanes", [0, -1, 1.5, "2", None])
 def test_a_wrong_number_of_lanes_is_refused(lanes: object) -> None:
     with pytest.raises(ValueError, match="lanes"):
         ob.simulate(ob.methods.ASGD(), ob.tasks.Quadratic(), gradients=1, lanes=lanes)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ from .core.schedule import Rate, Warmup
 from .core.values import refuse, require, require_count
 from .engines.cluster import Cluster
 from .engines.faults import Fault
-from .engines.lanes import Lanes
+from .engines.lanes import AUTO, Count, check_lanes, measured
 from .engines.network import Network
 from .engines.replay import replay
 from .engines.simulator import Run, Simulation, simulate, together
@@ -185,7 +185,7 @@ class Grid:
         """What runs the cells with this many workers."""
         return Cluster(workers, self.speed, network=self.network, faults=self.faults)
 
-    def prepare(self, key: Key, lanes: int | None = 1) -> Simulation:
+    def prepare(self, key: Key, lanes: int = 1) -> Simulation:
         """The run of a cell, about to start; cells share their data."""
         method = warmed(self.lineup[key.label], self.warmup, self.gradients, key.workers)
         task = self._task(key.seed)
@@ -198,15 +198,14 @@ class Grid:
             return self.task.reseeded(seed)
         return cast(Problem, replace(cast(Any, self.task), seed=seed))
 
-    def lanes(self) -> dict[int, int]:
-        """How many gradients the runs with each number of workers take in one call: what is measured to be faster."""
+    def lanes(self, lanes: Count) -> dict[int, int]:
+        """How many gradients at most the runs with each number of workers take in one call."""
+        if lanes != AUTO:
+            return dict.fromkeys(self.workers, lanes)
         task = self._task(self.seeds[0])
-        cells, x = len(self.keys) // len(self.workers), task.x0()
+        x, gradients = task.x0(), len(self.keys) // len(self.workers) * self.gradients
         with _threads(1):
-            return {
-                n: Lanes(task, None, None, cells * self.gradients).decide([Point(task, x, k, 0) for k in range(n)])[0]
-                for n in self.workers
-            }
+            return {n: measured(task, [Point(task, x, k, 0) for k in range(n)], gradients)[0] for n in self.workers}
 
     def batches(self, lanes: dict[int, int]) -> list[list[Key]]:
         """The cells in the order in which they are run, those together that take their gradients together."""
@@ -219,9 +218,10 @@ class Grid:
 
         Prepares each run once, so that whatever is wrong with task, data or settings is raised here, before any work.
         """
-        for key in self.keys:
-            if key.seed == self.seeds[0]:
-                about = self.prepare(key).trace.header
+        with _threads(1):  # as in the cells: initial weights may depend on their number
+            for key in self.keys:
+                if key.seed == self.seeds[0]:
+                    about = self.prepare(key).trace.header
         alone = {str(s): self.gradients / sum(islice(self.speed.stream(s, 0), self.gradients)) for s in self.seeds}
         return {
             "task": repr(self.task),
@@ -266,17 +266,23 @@ def _entry(entry: str | Method | tuple[str, Method]) -> tuple[str, type[Method],
     return cls.name + bracket + rest, cls, said
 
 
-def compare(grid: Grid, *, jobs: int | None = None, watch: Callable[[Cell], None] | None = None) -> Comparison:
+def compare(
+    grid: Grid, *, jobs: int | None = None, lanes: Count = 1, watch: Callable[[Cell], None] | None = None
+) -> Comparison:
     """Run every cell of ``grid`` in ``jobs`` processes (None: one for each CPU); the result does not depend on ``jobs``.
 
+    The same arguments give the same bits, as with `simulate`. ``lanes`` is how many gradients are taken in one call, those of
+    all seeds of a cell together; ``"auto"``: what is measured to be faster, once for each number of workers. The headers of
+    the traces have what was taken.
     A cell that fails by a `Failure` is part of the result. ``watch`` is called with each cell as it is done.
     Raises ``ValueError`` for bad settings, what the task raises about its data, and `CellFailed` when a process dies.
     """
     jobs = (os.cpu_count() or 1) if jobs is None else jobs
     if not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs = {jobs!r}: must be at least 1, or None for one for each CPU")
-    header, lanes, done = grid.header(), grid.lanes(), dict[Key, Cell]()
-    with closing(_here(grid, lanes) if jobs == 1 else _there(grid, lanes, jobs)) as batches:
+    check_lanes(lanes)
+    header, taken, done = grid.header(), grid.lanes(lanes), dict[Key, Cell]()
+    with closing(_here(grid, taken) if jobs == 1 else _there(grid, taken, jobs)) as batches:
         for cell in chain.from_iterable(batches):
             done[cell.key] = cell
             if watch:

@@ -19,6 +19,7 @@ from ..core.method import Method, ServerMethod
 from ..core.periodic import PeriodicMethod
 from ..core.values import require, require_count
 from ..engines.cluster import Cluster
+from ..engines.lanes import AUTO, Count
 from ..engines.simulator import Simulation
 from ..experiment import Cell, Comparison, Grid, compare, rerun, show, warmed
 from ..failure import Failure
@@ -94,9 +95,10 @@ class Simulate(Command):
     """Part of the run over which the learning rate rises to its full value, 0 to 1."""
     seed: int = 0
     """Drives the task (weights, order of the data) and the cluster."""
-    lanes: Annotated[int | None, arg(help_behavior_hint="(default: measured)")] = None
-    """Gradients of workers in flight that are taken in one call; the same number gives the same bits."""
-    abreast: Annotated[int | None, arg(help_behavior_hint="(default: measured)")] = None
+    lanes: Count = 1
+    """Gradients of workers in flight that are taken in one call; the same number gives the same bits. auto: the fastest
+    way is measured, lanes or --abreast, and told."""
+    abreast: int = 1
     """Gradients that are taken at once, by a thread each: for nets too large for lanes and too small for all cores."""
     out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: runs/METHOD-TASK-WORKERSw)")] = None
     """Where trace, summary and page go."""
@@ -133,6 +135,11 @@ class Simulate(Command):
         except KeyboardInterrupt:
             message, status = f"interrupted after {len(simulation.trace)} of {self.gradients} gradients", INTERRUPTED
         summary = {"command": command_line(argv), "failure": failure, "message": message, "figures": figures}
+        if self.lanes == AUTO:
+            way = "abreast" if simulation.trace.header["abreast"] > 1 else "lanes"
+            out.print(
+                f"gradients were taken by --{way} {simulation.trace.header[way]}, which was measured to be the fastest"
+            )
         simulation.trace.write(folder / "trace.jsonl")
         (folder / "summary.json").write_text(dumps(summary, indent=1) + "\n", encoding="utf-8")
         if figures:
@@ -155,6 +162,9 @@ class Compare(Command):
     preset: PresetName = None
     jobs: Annotated[int | None, arg(help_behavior_hint="(default: one for each CPU)")] = None
     """Processes that run cells. The results do not depend on it."""
+    lanes: Count = 1
+    """Gradients that are taken in one call, those of all seeds of a cell together; the same number gives the same bits. auto:
+    what is faster is measured for each number of workers, and told."""
     out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: runs/compare-TASK)")] = None
     """Where results, traces and page go."""
 
@@ -183,7 +193,7 @@ class Compare(Command):
                     outcome = f"{chief} {show(chief, cell.figures[chief])}" if chief else cell.failure
                     tell(len(cells) * grid.gradients, f"{len(cells)} of {len(keys)} runs; {cell.key}: {outcome}")
 
-                compare(grid, jobs=self.jobs, watch=watch)
+                compare(grid, jobs=self.jobs, lanes=self.lanes, watch=watch)
         finally:  # what is done is kept, however it ends
             comparison = Comparison(header, sorted(cells, key=lambda cell: keys.index(cell.key)))
             if cells:
@@ -192,6 +202,12 @@ class Compare(Command):
                 err.print(f"{len(cells)} of {len(keys)} runs are kept: offbeat report {shlex.quote(str(folder))}")
         titles, *lines = comparison.table()
         out.print(table(titles, lines))
+        if self.lanes == AUTO:
+            for workers in grid.workers:
+                most = max((cell.trace.header["lanes"] for cell in cells if cell.key.workers == workers), default=1)
+                out.print(
+                    f"gradients of {workers} workers were taken in up to {most} lanes, measured to be the fastest"
+                )
         for cell in cells:
             if cell.failure:
                 err.print(escape(f"{cell.key}: {cell.message}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor
@@ -54,8 +54,11 @@ class Batched(Problem, Protocol):
         """The same problem with another seed."""
         ...
 
-    def apart(self) -> Self:
-        """The same problem, whose `grad` another thread can call at the same time."""
+    def prepare(self, point: Point) -> Callable[[], tuple[Tensor, Tensor]] | None:
+        """What gives the bits of `grad` at ``point``, called once, from any thread, while others are; None: call `grad`.
+
+        Whatever belongs to the process, as torch's generators do, is left alone by it.
+        """
         ...
 
     def room(self, point: Point) -> int:

@@ -31,7 +31,7 @@ from .clock import Clock
 from .cluster import Cluster, Crash, Join, Leave, Membership
 from .ensemble import Centre, Peers, average, ensemble
 from .faults import Crashes, Fault
-from .lanes import Coming, Lanes, Taken
+from .lanes import Coming, Count, Lanes, Taken, check_lanes
 from .network import Traffic
 from .still import still
 
@@ -85,8 +85,8 @@ def simulate(
     gradients: int,
     seed: int = 0,
     evaluate_every: int | None = None,
-    lanes: int | None = None,
-    abreast: int | None = None,
+    lanes: Count = 1,
+    abreast: int = 1,
     watch: Callable[[Event], None] | None = None,
 ) -> Run:
     """Train ``problem`` with ``method`` on a simulated ``cluster`` until ``gradients`` minibatch gradients are taken.
@@ -95,11 +95,13 @@ def simulate(
     for its data and minibatches. Every ``evaluate_every`` gradients the shipped model is evaluated into the trace (None:
     only at the end). ``watch`` is called with every event as it happens, for a progress bar or an early look.
 
+    The same arguments give the same bits, on an idle machine and on a busy one, on the same kind of processor with the same
+    torch and number of torch's threads (on which the last bits of a long sum depend; the trace's header has it).
+
     Gradients of workers in flight depend on nothing that is still to come, so several may be taken at once: ``lanes`` is
-    how many in one call, ``abreast`` how many by a thread of its own each, both at least 1, and one of them 1. Where one is
-    given the other is 1; both None: as many as the workers, the memory and torch's threads allow, the way that is measured
-    to be the fastest. The results are the same to rounding; the same numbers, which the trace's header has, give the same
-    bits.
+    how many in one call, ``abreast`` how many by a thread of its own each, both at least 1, and one of them 1. The results
+    are those of one at a time to rounding, and each number has bits of its own. ``lanes="auto"`` measures which way is the
+    fastest, so that another run may take another; the trace's header has the numbers that give the same bits again.
 
     Raises ``ValueError`` for a bad argument, `Diverged` when a gradient or loss is not finite or not shaped like the
     parameters, `Deadlock` when nodes wait for each other for ever, `WorkerLost` when nobody is left to work; each of
@@ -198,7 +200,6 @@ def _side_by_side(simulations: list[Simulation]) -> dict[Simulation, Run | Failu
             came[simulation] = simulation.end()
         except Failure as failure:
             came[simulation] = failure
-        simulation.trace.header |= {"lanes": lanes.most or 1, "abreast": lanes.abreast or 1}
         wants.pop(simulation, None)
 
     try:
@@ -218,6 +219,8 @@ def _side_by_side(simulations: list[Simulation]) -> dict[Simulation, Run | Failu
                 go(simulation)
     finally:
         lanes.close()
+        for simulation in simulations:
+            simulation.trace.header |= {"lanes": lanes.taken, "abreast": lanes.abreast}
     return came
 
 
@@ -232,18 +235,18 @@ class Simulation:
         gradients: int,
         seed: int = 0,
         evaluate_every: int | None = None,
-        lanes: int | None = None,
-        abreast: int | None = None,
+        lanes: Count = 1,
+        abreast: int = 1,
         watch: Callable[[Event], None] | None = None,
     ) -> None:
         if not isinstance(gradients, int) or gradients < 1:
             raise ValueError(f"gradients = {gradients!r}: must be a whole number, at least 1")
         if evaluate_every is not None and evaluate_every < 1:
             raise ValueError(f"evaluate_every = {evaluate_every!r}: must be at least 1, or None")
-        for name, count in (("lanes", lanes), ("abreast", abreast)):
-            if count is not None and (not isinstance(count, int) or count < 1):
-                raise ValueError(f"{name} = {count!r}: must be a whole number, at least 1, or None")
-        if (lanes or 1) > 1 < (abreast or 1):
+        check_lanes(lanes)
+        if not isinstance(abreast, int) or abreast < 1:
+            raise ValueError(f"abreast = {abreast!r}: must be a whole number, at least 1")
+        if lanes != 1 != abreast:
             raise ValueError(f"lanes = {lanes}, abreast = {abreast}: one of them must be 1")
         method.check(cluster.workers)
         gone = cluster.events or [fault for fault in cluster.faults if isinstance(fault, Crashes)]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, Self, TypeAlias, cast
 
 import torch
@@ -26,7 +25,7 @@ from ..core.seeds import derive
 from ..core.values import refuse, require
 from .data import Where
 from .flat import Flat
-from .tape import Tapes
+from .tape import Play, Tapes
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Dtype: TypeAlias = Literal["float32", "float64"]
@@ -144,7 +143,7 @@ class Supervised:
         does must be the same at each call, but for the values of its tensors: see `grads`.
         """
         live = self._live
-        with live.alone, torch.enable_grad():
+        with _ALONE, torch.enable_grad():
             return live.grad(x, self.seed, worker, step)
 
     def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
@@ -155,7 +154,7 @@ class Supervised:
         ``RuntimeError`` for a module that does what cannot be done for several at once, such as to branch on a value.
         """
         live = self._live
-        with _ALONE, torch.enable_grad():
+        with _ALONE, torch.enable_grad(), _without_advice():
             return live.grads(points)
 
     def kin(self) -> object:
@@ -176,19 +175,11 @@ class Supervised:
         data = live.flat.data
         return max(1, ROOM // (sum(held.values()) + 4 * data.numel() * data.element_size()))
 
-    def apart(self) -> Self:
-        """The same problem with a module of its own, whose `grad` another thread can call at the same time.
-
-        Torch's generators belong to the whole process: what draws from them is done one at a time until it is played back.
-        Raises ``ValueError`` for a model that is not on the CPU.
-        """
-        device = self._live.device
-        if device.type != "cpu":
-            raise ValueError(f"a model on {device}: only gradients on the CPU gain by being taken abreast, by threads")
-        other = replace(self)
+    def prepare(self, point: Point) -> Callable[[], Pair] | None:
+        """What gives `grad` at ``point`` in any thread: a recording of it; None where there is none, or on a GPU."""
+        live = self._live
         with _ALONE:
-            other.__dict__.update(_live=_Apart(self._live), _start=self._start)
-        return other
+            return live.prepared(point.x, self.seed, point.worker, point.step)
 
     def reseeded(self, seed: int) -> Self:
         """The same problem with another seed; it shares module and data with this one, where seeds make neither."""
@@ -277,7 +268,6 @@ class _Live:
         self.module = _built(problem)
         self.flat = Flat(self.module)
         self.start = self.flat.data.clone()
-        self.alone: AbstractContextManager[Any] = _ALONE
         self.device = self.flat.data.device
         with _Seeded((torch.default_generator,), derive(_INIT, problem.seed)):  # an item may draw
             self.train = _examples(problem, "train", self.device)
@@ -339,13 +329,18 @@ class _Live:
     def grad(self, x: Tensor, seed: int, worker: int, step: int) -> Pair:
         """What `Supervised.grad` gives."""
         with _Seeded(self.generators, derive(_DRAW, seed, worker, step)):
-            return self.taken(x, *self.minibatch(seed, worker, step))
+            inputs = _aligned(x), *self.minibatch(seed, worker, step)
+            return cast(Pair, self.tape(self.gradient, *inputs, form=self.pure))
 
-    def taken(self, x: Tensor, inputs: Tensor, targets: Tensor, stream: Generator | None = None) -> Pair:
-        """`gradient`, which is played where it can be; what it then draws comes from ``stream``."""
-        if x.data_ptr() % ALIGNED:
-            x = x.clone()  # elsewhere a product may be added up in another order
-        return self.tape(self.gradient, x, inputs, targets, form=self.pure, generator=stream)  # type: ignore[return-value]
+    def prepared(self, x: Tensor, seed: int, worker: int, step: int) -> Callable[[], Pair] | None:
+        """What `Supervised.prepare` gives."""
+        if self.device.type != "cpu" or not self.tape.tapes:
+            return None
+        with _Seeded(self.generators, derive(_DRAW, seed, worker, step)):
+            inputs = _aligned(x), *self.minibatch(seed, worker, step)
+            play, stream = self.tape.play(*inputs), Generator()
+            stream.set_state(torch.get_rng_state())
+        return play and partial(_played, play, stream, inputs)
 
     def gradient(self, x: Tensor, inputs: Tensor, targets: Tensor) -> Pair:
         """The gradient at ``x``, ``Tensor[d]``, and the loss, ``Tensor[]``."""
@@ -438,33 +433,28 @@ class _Live:
         self.module.eval()
 
 
-class _Apart(_Live):
-    """What another one is, with a module and a lock of its own; recordings are of both.
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Inside, `vmap` does not warn of operations that it takes lane by lane: that costs time, which is measured or wanted.
 
-    What draws is done under the lock of all, until it is played: then it draws from a stream of its own.
+    Python's filters are left alone, as changing them makes every warning of the user's module appear anew.
     """
+    warn = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda on: None)
+    warn(False)
+    try:
+        yield
+    finally:
+        warn(True)
 
-    def __init__(self, live: _Live) -> None:
-        self.__dict__.update(live.__dict__)
-        live.load(live.start)
-        self.module = deepcopy(live.module)
-        self.flat = Flat(self.module)
-        self.buffers = _buffers(self.module)
-        self.alone, self.own, self.stream = threading.RLock(), Generator(self.device), Generator(self.device)
-        self.draws = True  # whether it does is seen at the first call
 
-    def grad(self, x: Tensor, seed: int, worker: int, step: int) -> Pair:
-        if not self.draws:
-            return self.taken(x, *self.minibatch(seed, worker, step))
-        with _ALONE, _Seeded(self.generators, derive(_DRAW, seed, worker, step)):
-            before = [g.get_state() for g in self.generators]
-            minibatch = self.minibatch(seed, worker, step)
-            if not self.tape.plays(x, *minibatch):
-                result = self.taken(x, *minibatch)
-                self.draws = _drawn(self.generators, before)
-                return result
-            self.stream.set_state(torch.get_rng_state())
-        return self.taken(x, *minibatch, self.stream)
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, in memory where products are added up in the same order each time."""
+    return x.clone() if x.data_ptr() % ALIGNED else x
+
+
+def _played(play: Play, stream: Generator, inputs: tuple[Tensor, ...]) -> Pair:
+    with torch.no_grad():
+        return cast(Pair, play(stream, *inputs))
 
 
 def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
@@ -656,11 +646,9 @@ class Recipe(ABC):
         """The gradients ``Tensor[n, d]`` and losses ``Tensor[n]`` at points of this task and its kin, in one call."""
         return self.problem.grads([p._replace(problem=p.problem.problem) for p in points])  # type: ignore[attr-defined]
 
-    def apart(self) -> Self:
-        """The same task with a module of its own: see `Supervised.apart`."""
-        other = replace(cast(Any, self))
-        other.__dict__["problem"] = self.problem.apart()
-        return cast(Self, other)
+    def prepare(self, point: Point) -> Callable[[], Pair] | None:
+        """What gives `grad` at ``point`` in any thread: see `Supervised.prepare`."""
+        return self.problem.prepare(point)
 
     def kin(self) -> object:
         """What it shares with the tasks `reseeded` from it."""

@@ -43,24 +43,21 @@ class Tapes:
         self.calls: Counter[Any] = Counter()
         self.tapes: dict[Any, Play] = {}
 
-    def plays(self, *inputs: Tensor) -> bool:
-        """Whether the next call with such ``inputs`` is played."""
+    def play(self, *inputs: Tensor) -> Play | None:
+        """What answers this call with such ``inputs`` in the function's place; None where the function itself must."""
         kind = _kind(inputs)
-        return kind in self.tapes and self.calls[kind] > OFTEN
+        return self.tapes[kind] if kind in self.tapes and self.calls[kind] > OFTEN else None
 
-    def __call__(
-        self, function: Function, *inputs: Tensor, form: Function | None = None, generator: Generator | None = None
-    ) -> tuple[Tensor, ...]:
+    def __call__(self, function: Function, *inputs: Tensor, form: Function | None = None) -> tuple[Tensor, ...]:
         """What ``function(*inputs)`` is: new tensors, detached.
 
-        ``form`` is recorded in its place, where a function has a form that can be. What is played draws from ``generator``;
-        None: from torch's own, as the function does.
+        ``form`` is recorded in its place, where a function has a form that can be.
         """
+        if play := self.play(*inputs):
+            with torch.no_grad():
+                return play(None, *inputs)
         kind = _kind(inputs)
         self.calls[kind] += 1
-        if kind in self.tapes and self.calls[kind] > OFTEN + 1:
-            with torch.no_grad():
-                return self.tapes[kind](generator, *inputs)
         states = [g.get_state() for g in self.generators]
         result = function(*inputs)
         if self.calls[kind] == OFTEN and len(self.tapes) < MOST:
