@@ -6,7 +6,7 @@ run = ob.simulate(ob.methods.DanaZero(lr=0.05), ob.tasks.Digits(), ob.Cluster(wo
 print(run.summary())
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -122,8 +122,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Every class of the methods folder is at hand as ``ob.DanaZero`` too."""
-    if name in methods.__all__:
-        return getattr(methods, name)
-    raise AttributeError(f"module 'offbeat' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from .methods import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Every class of the methods folder is at hand as ``ob.DanaZero`` too."""
+        if name in methods.__all__:
+            return getattr(methods, name)
+        raise AttributeError(f"module 'offbeat' has no attribute {name!r}")
