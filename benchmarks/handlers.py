@@ -21,6 +21,7 @@ import torch
 import offbeat as ob
 from benchmarks.measure import Row, seconds
 from offbeat.core.tree import leaves, rebuild
+from offbeat.cpus import cpus
 from offbeat.engines.kernel import BLOCKS, Kernel, Visits, vector
 
 SIZE = int(os.environ.get("SIZE", "25_000_000"))
@@ -108,7 +109,7 @@ def measure(name: str, kernel: Kernel, triad: Triad) -> Row:
 
 
 def run() -> list[Row]:
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cpus())
     triad = Triad()
     rows = [measure(name, kernel(), triad) for name, kernel in cases()]
     return sorted(rows, key=lambda row: math.isnan(row.median))

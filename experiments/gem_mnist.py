@@ -21,6 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import offbeat as ob
+from offbeat.cpus import cpus
 from offbeat.tasks import Mnist
 
 STEPS = 60_000 // 64
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="gradients of each worker; the default is one epoch")
     parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, choices=WORKERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each cell per seed")
-    parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count(), help="processes")
+    parser.add_argument("--jobs", type=int, default=cpus(), help="processes")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     Mnist().x0()  # a missing or corrupt data file is told now

@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -39,6 +38,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import offbeat as ob
+from offbeat.cpus import cpus
 from offbeat.engines.simulator import Simulation
 from offbeat.report import LIGHT, Theme, label_ends, png, styles
 from offbeat.tasks import Digits
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--loss", type=float, default=0.12, help="the test loss to reach")
     parser.add_argument("--gradients", type=int, default=30_000, help="after which it is not reached")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--jobs", type=int, default=cpus(), help="processes")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     goal = Goal(args.loss, args.gradients)

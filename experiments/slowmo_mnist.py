@@ -12,7 +12,6 @@ two cores.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import offbeat as ob
+from offbeat.cpus import cpus
 from offbeat.experiment import Comparison, Grid, compare
 from offbeat.report import page
 from offbeat.tasks import Mnist
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--gradients", type=int, default=8000, help="gradients of each run, all workers together")
     parser.add_argument("--workers", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--jobs", type=int, default=cpus(), help="processes")
     args = parser.parse_args()
     grids = {}
     for n in args.workers:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -28,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import offbeat as ob
+from offbeat.cpus import cpus
 from offbeat.experiment import Cell, Comparison, Grid, compare
 from offbeat.report import LIGHT, Theme, page, png
 from offbeat.tasks import Digits, Mnist
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=100, help="how often a run is evaluated")
     parser.add_argument("--target", type=float, default=0.95, help="the accuracy to reach")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--jobs", type=int, default=cpus(), help="processes")
     args = parser.parse_args()
     task = TASKS[args.task]
     network = ob.Network(latency=0.001, bandwidth=4 * task.x0().numel() / 0.02)

@@ -25,6 +25,7 @@ ARROWS: dict[str, tuple[set[str], set[str] | None]] = {
     "plain": (set(), set()),
     "trace": ({"plain"}, {"torch"}),
     "failure": ({"trace"}, {"torch"}),
+    "cpus": (set(), set()),
     "engines": ({"core", "engines", "trace", "failure", "__version__"}, {"torch"}),
     "runtime": (
         {"core", "engines", "names", "plain", "runtime", "tasks", "trace", "failure", "__version__"},

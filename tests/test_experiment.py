@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import offbeat as ob
+from offbeat import experiment
 from offbeat.experiment import Cell, CellFailed, Comparison, Grid, Key, compare, rerun, warmed
 from offbeat.names import names, read
 from offbeat.tasks import Digits, Mnist, Quadratic
@@ -170,6 +172,28 @@ def test_a_process_that_dies_is_an_error_that_names_the_cell() -> None:
     grid = Grid(("asgd",), Deadly(), workers=(2,), seeds=(1,), gradients=50)
     with pytest.raises(CellFailed, match="asgd, 2 workers, seed 1 was lost: its process died with exit code 9"):
         compare(grid, jobs=2)
+
+
+def test_what_cannot_go_to_another_process_is_refused_with_the_way_out() -> None:
+    data = torch.zeros(8, 2), torch.zeros(8, dtype=torch.long)
+    task = ob.Supervised(lambda: nn.Linear(2, 2), nn.functional.cross_entropy, data, data, batch=4)
+    grid = Grid(("asgd",), task, workers=(2,), seeds=(0, 1), gradients=8, evaluations=1)
+    with pytest.raises(ValueError, match=r"lambda.*cannot.*jobs=1"):
+        compare(grid, jobs=2)
+    assert len(compare(grid, jobs=1).cells) == 2
+
+
+def test_by_default_there_are_as_many_processes_as_cpus_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    def there(grid: Grid, lanes: dict[int, int], jobs: int) -> Iterator[list[Cell]]:
+        asked.append(jobs)
+        return experiment._here(grid, lanes)
+
+    monkeypatch.setattr(experiment, "cpus", lambda: 3)
+    monkeypatch.setattr(experiment, "_there", there)
+    compare(Grid(("asgd",), Quadratic(), workers=(1,), seeds=(0,), gradients=8))
+    assert asked == [3]
 
 
 def test_an_error_in_the_code_names_the_cell_and_has_a_traceback() -> None:

@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import multiprocessing
-import os
+import pickle
 import re
 import signal
 import threading
@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import chain, groupby, islice, product
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +33,7 @@ from .core.method import Method
 from .core.problem import Batched, Point, Problem
 from .core.schedule import Rate, Warmup
 from .core.values import refuse, require, require_count
+from .cpus import cpus
 from .engines.cluster import Cluster
 from .engines.faults import Fault
 from .engines.lanes import AUTO, Count, check_lanes, measured
@@ -269,7 +271,7 @@ def _entry(entry: str | Method | tuple[str, Method]) -> tuple[str, type[Method],
 def compare(
     grid: Grid, *, jobs: int | None = None, lanes: Count = 1, watch: Callable[[Cell], None] | None = None
 ) -> Comparison:
-    """Run every cell of ``grid`` in ``jobs`` processes (None: one for each CPU); the result does not depend on ``jobs``.
+    """Run every cell of ``grid`` in ``jobs`` processes (None: one for each CPU that this one may use); the result does not depend on ``jobs``.
 
     The same arguments give the same bits, as with `simulate`. ``lanes`` is how many gradients are taken in one call, those of
     all seeds of a cell together; ``"auto"``: what is measured to be faster, once for each number of workers. The headers of
@@ -277,9 +279,9 @@ def compare(
     A cell that fails by a `Failure` is part of the result. ``watch`` is called with each cell as it is done.
     Raises ``ValueError`` for bad settings, what the task raises about its data, and `CellFailed` when a process dies.
     """
-    jobs = (os.cpu_count() or 1) if jobs is None else jobs
+    jobs = cpus() if jobs is None else jobs
     if not isinstance(jobs, int) or jobs < 1:
-        raise ValueError(f"jobs = {jobs!r}: must be at least 1, or None for one for each CPU")
+        raise ValueError(f"jobs = {jobs!r}: must be at least 1, or None for one for each CPU that may be used")
     check_lanes(lanes)
     header, taken, done = grid.header(), grid.lanes(lanes), dict[Key, Cell]()
     with closing(_here(grid, taken) if jobs == 1 else _there(grid, taken, jobs)) as batches:
@@ -329,9 +331,10 @@ def _there(grid: Grid, lanes: dict[int, int], jobs: int) -> Generator[list[Cell]
     try:
         for _ in range(min(jobs, len(left))):
             link, far = context.Pipe()
-            links[link] = context.Process(target=_serve, args=(far, grid, lanes), daemon=True)
+            process = context.Process(target=_serve, args=(far, grid, lanes), daemon=True)
             with _no_interrupt():
-                links[link].start()
+                _start(process)
+            links[link] = process
             far.close()
             busy[link] = left.pop()
             link.send(busy[link])
@@ -345,10 +348,10 @@ def _there(grid: Grid, lanes: dict[int, int], jobs: int) -> Generator[list[Cell]
                         link.send(busy[link])
                 except (EOFError, OSError):
                     links[link].join()
-                    what = f"its process died with exit code {links[link].exitcode}"
-                    raise CellFailed(
-                        f"the cell {_listed(busy.get(link, keys))} was lost: {what}; is there memory enough?"
-                    ) from None
+                    status = links[link].exitcode
+                    why = "is there memory enough?" if status and status < 0 else "what it said stands above"
+                    what = f"its process died with exit code {status}"
+                    raise CellFailed(f"the cell {_listed(busy.get(link, keys))} was lost: {what}; {why}") from None
                 if isinstance(answer, str):
                     raise CellFailed(f"the cell {_listed(keys)} failed:\n{answer}")
                 yield answer
@@ -357,6 +360,17 @@ def _there(grid: Grid, lanes: dict[int, int], jobs: int) -> Generator[list[Cell]
             process.terminate()
         for process in links.values():
             process.join()
+
+
+def _start(process: BaseProcess) -> None:
+    """Start ``process``, which is handed the grid. ``ValueError`` for a grid that cannot be handed over."""
+    try:
+        process.start()
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"the grid cannot go to another process: {error}. A lambda or a function within a function cannot: define it at "
+            "the top of a module (def net(): ...), or run all cells in this process with jobs=1"
+        ) from error
 
 
 def _listed(keys: list[Key]) -> str:
@@ -509,7 +523,7 @@ def rerun(trace: Trace, problem: Problem | None = None, watch: Callable[[Event],
     """Run again what ``trace`` has recorded: simulate it from its header, or replay the order of a real run.
 
     The events of a simulated run are the same bit for bit on the same kind of machine with the same torch and number of
-    threads (the header's, if it says one); a real run's final parameters are the same to rounding. ``problem`` takes the
+    threads (the header's, if it says one), those of a cell of a comparison in lanes to rounding; a real run's final parameters are the same to rounding. ``problem`` takes the
     place of the header's; a real run in a user's own script needs it, as nobody else knows its gradients.
     Raises ``ValueError`` where the header names something that is no value of the library.
     """

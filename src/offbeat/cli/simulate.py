@@ -160,7 +160,7 @@ class Compare(Command):
     """Settings of the task that --task names."""
     task: TaskName = "digits"
     preset: PresetName = None
-    jobs: Annotated[int | None, arg(help_behavior_hint="(default: one for each CPU)")] = None
+    jobs: Annotated[int | None, arg(help_behavior_hint="(default: one for each CPU that may be used)")] = None
     """Processes that run cells. The results do not depend on it."""
     lanes: Count = 1
     """Gradients that are taken in one call, those of all seeds of a cell together; the same number gives the same bits. auto:

@@ -173,18 +173,13 @@ def measured(problem: Problem, points: Sequence[Point], gradients: int) -> tuple
     """
     if not isinstance(problem, Batched) or len(points) < 2:
         return 1, 1
-    alone, seconds = _timed(lambda: _alone(points[0]))
+    for _ in range(2):  # these say what a run would warn of anyway
+        alone, seconds = _timed(lambda: _alone(points[0]))
     affordable = int(max(TRIAL, TRIAL * gradients * seconds) / seconds)
-    with warnings.catch_warnings(action="ignore"):  # the first gradient has told what a run would tell
-        return _tried(problem, points, affordable, alone, seconds)
-
-
-def _tried(problem: Batched, points: Sequence[Point], affordable: int, alone: Taken, seconds: float) -> tuple[int, int]:
-    """What `measured` finds out, where so many gradients may be taken for it, and one took so many seconds."""
     room = problem.room(points[0]) if affordable >= 2 * (TIMES + 2) else 1
     if (lanes := min(len(points), room, affordable // (TIMES + 2))) > 1:
         try:
-            first = _together(problem, points[:lanes])[0]
+            first = _quietly(problem, points[:lanes])[0]
         except Exception:  # what a module does may be impossible in lanes
             lanes = 1
         else:  # random numbers in another order, or examples that are not as independent as they look
@@ -192,7 +187,7 @@ def _tried(problem: Batched, points: Sequence[Point], affordable: int, alone: Ta
             lanes = lanes if same else 1
     for _ in range(TIMES if lanes > 1 else 0):  # in turn, the best of each, as other processes come between
         seconds = min(seconds, _timed(lambda: _alone(points[0]))[1])
-        if _timed(lambda: _together(problem, points[:lanes]))[1] / lanes * GAIN < seconds:
+        if _timed(lambda: _quietly(problem, points[:lanes]))[1] / lanes * GAIN < seconds:
             return room, 1
     return 1, _tried_abreast(problem, points, affordable)
 
@@ -205,7 +200,7 @@ def _tried_abreast(problem: Batched, points: Sequence[Point], affordable: int) -
         return 1
     for _ in range(WARM):
         _alone(points[0])
-    if not any(problem.prepare(points[0]) for _ in range(2)):  # now and then one must be taken here, never two in a row
+    if not (problem.prepare(points[0]) or (_alone(points[0]) and problem.prepare(points[0]))):  # now and then not
         return 1
     alone = _timed(lambda: [_alone(point) for point in many])[1]
     threads = Threads(count)
@@ -217,6 +212,12 @@ def _tried_abreast(problem: Batched, points: Sequence[Point], affordable: int) -
     finally:
         threads.close()
     return count if min(rounds) < alone * GAIN else 1  # in a run they wait neither for each other nor for visits
+
+
+def _quietly(problem: Batched, points: Sequence[Point]) -> list[Taken]:
+    """`_together`, without warnings: a run may not come to it."""
+    with warnings.catch_warnings(action="ignore"):
+        return _together(problem, points)
 
 
 def _together(problem: Problem, points: Sequence[Point]) -> list[Taken]:

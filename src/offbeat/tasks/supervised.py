@@ -16,15 +16,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from ..core.problem import Point
 from ..core.seeds import derive
 from ..core.values import refuse, require
 from .data import Where
+from .draws import LaneDraws, PythonSeeded, Seeded, all_seeded, drawn, generators
 from .flat import Flat
+from .state import Watch
 from .tape import Play, Tapes
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
@@ -65,11 +65,13 @@ class Supervised:
     Everything is a pure function of the seed and of who asks when. Initial weights depend on ``seed``. Each worker goes
     through its own permutation of the training set in each pass, so that within a pass it sees no example twice; what
     is left over at the end of a pass, less than a batch, is dropped. Dropout and augmentation depend on ``(seed,
-    worker, step)``. The caller's random state is never changed. Random numbers must come from torch (not from
-    ``random`` or numpy). The same bits come back on the same machine, torch version and number of threads.
+    worker, step)``, whether their random numbers are torch's, Python's ``random`` or those of ``numpy.random``'s own
+    functions. The caller's random state is never changed. The same bits come back on the same machine, torch version and
+    number of threads.
 
     The flat vector holds the trainable parameters (see `Flat`); buffers are no part of it. Every gradient starts from
-    the buffers that the module was built with, so nothing that a forward pass leaves in them reaches another call.
+    the buffers that the module was built with, so nothing that a forward pass leaves in them reaches another call. There is
+    one module for all workers. A warning says what a forward pass changes in it: buffers that learn, counters in Python.
     Batch normalisation: gradients use the statistics of their minibatch only. An evaluation first recomputes the
     running statistics at the evaluated point, as the plain average over a fixed sample of 20 training batches (fewer if
     the set is smaller), without dropout or augmentation, and then uses these.
@@ -139,8 +141,9 @@ class Supervised:
     def grad(self, x: Tensor, worker: int, step: int) -> tuple[Tensor, Tensor]:
         """The gradient ``Tensor[d]`` and the loss ``Tensor[]`` of this worker's ``step``-th minibatch at ``x``.
 
-        ``x`` is ``Tensor[d]`` and is not changed; both results are new and detached. ``step`` counts from 0. What the module
-        does must be the same at each call, but for the values of its tensors: see `grads`.
+        ``x`` is ``Tensor[d]`` and is not changed; both results are new and detached. ``step`` counts from 0. After a few calls
+        the gradient is played back from a recording (tasks/tape.py), unless the module draws from Python's generators, has
+        hooks, or keeps something from call to call; of the last, ``UserWarning``.
         """
         live = self._live
         with _ALONE, torch.enable_grad():
@@ -149,9 +152,9 @@ class Supervised:
     def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
         """The gradients ``Tensor[n, d]`` and losses ``Tensor[n]`` at n points in one call: `grad` of each, to rounding.
 
-        The problems of ``points`` are kin of this one. What the module does must be the same at each call, but for the values
-        of its tensors: after a few calls with as many points it is played back from a recording (tasks/tape.py). Raises
-        ``RuntimeError`` for a module that does what cannot be done for several at once, such as to branch on a value.
+        The problems of ``points`` are kin of this one. After a few calls with as many points they are played back from a
+        recording, as with `grad`. Raises ``RuntimeError`` for a module that does what cannot be done for several at once, such
+        as to branch on a value or to draw from Python's generators.
         """
         live = self._live
         with _ALONE, torch.enable_grad(), _without_advice():
@@ -169,9 +172,9 @@ class Supervised:
             held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
-        draw = _Seeded(live.generators, derive(_DRAW, self.seed, point.worker, point.step))
-        with _ALONE, torch.enable_grad(), draw, saved_tensors_hooks(weigh, lambda t: t):
-            live.gradient(point.x, *live.minibatch(self.seed, point.worker, point.step))
+        number = derive(_DRAW, self.seed, point.worker, point.step)
+        with _ALONE, torch.enable_grad(), Seeded(live.generators, number), saved_tensors_hooks(weigh, lambda t: t):
+            live.once(number, point.x, *live.minibatch(self.seed, point.worker, point.step))
         data = live.flat.data
         return max(1, ROOM // (sum(held.values()) + 4 * data.numel() * data.element_size()))
 
@@ -199,7 +202,7 @@ class Supervised:
         With ``finish``, what that makes of them.
         """
         live = self._live
-        with _ALONE, _Seeded(live.generators, derive(_EVALUATE, self.seed)), torch.no_grad():
+        with _ALONE, all_seeded(live.generators, derive(_EVALUATE, self.seed)), torch.no_grad():
             live.load(x)
             live.module.eval()
             try:
@@ -212,7 +215,7 @@ class Supervised:
     def minibatch(self, worker: int, step: int) -> tuple[Tensor, Tensor]:
         """``(inputs, targets)``, each ``Tensor[batch, ...]``, as ``grad(x, worker, step)`` sees them."""
         live = self._live
-        with _ALONE, _Seeded(live.generators, derive(_DRAW, self.seed, worker, step)):
+        with _ALONE, Seeded(live.generators, derive(_DRAW, self.seed, worker, step)):
             return live.minibatch(self.seed, worker, step)
 
     @cached_property
@@ -256,8 +259,16 @@ class Supervised:
 
 def _built(problem: Supervised) -> nn.Module:
     """The module with the initial weights of the problem's seed."""
-    with _Seeded((torch.default_generator,), derive(_INIT, problem.seed)):
-        return problem.model().to(problem.dtype).train()
+    with all_seeded((torch.default_generator,), derive(_INIT, problem.seed)):
+        module = problem.model()
+        if found := [f"{name} ({p.dtype})" for name, p in module.named_parameters() if p.is_complex()]:
+            cure = (
+                "hold each as a real one with a last dimension of 2, and use torch.view_as_complex of it in forward()"
+            )
+            refuse(problem, "model", f"{type(module).__name__} with complex parameters {', '.join(found)}", cure)
+        like = problem.dtype.to_complex()  # what `Module.to` would make real
+        module._apply(lambda t: t.to(like if t.is_complex() else problem.dtype if t.is_floating_point() else t.dtype))  # type: ignore[no-untyped-call]
+        return module.train()
 
 
 class _Live:
@@ -269,13 +280,14 @@ class _Live:
         self.flat = Flat(self.module)
         self.start = self.flat.data.clone()
         self.device = self.flat.data.device
-        with _Seeded((torch.default_generator,), derive(_INIT, problem.seed)):  # an item may draw
+        with all_seeded((torch.default_generator,), derive(_INIT, problem.seed)):  # an item may draw
             self.train = _examples(problem, "train", self.device)
             self.test = _examples(problem, "test", self.device)
         self.batches = len(self.train) // problem.batch
+        self.still = isinstance(self.train, _Tensors) and problem.augment is None  # a minibatch draws nothing
         self.named = [name for name, p in self.module.named_parameters() if p.requires_grad]
         self.sizes = [p.numel() for p in self.flat.parameters]
-        self.generators = _generators(self.device)
+        self.generators = generators(self.device)
         self.own = Generator(self.device)
         self.draws = isinstance(self.train, _Items)  # whether a gradient draws random numbers, as far as is known
         # Those that the module itself keeps in evaluation mode (frozen statistics) are not ours to recompute.
@@ -284,7 +296,9 @@ class _Live:
         self.buffers = _buffers(self.module)
         self.built = {name: b.clone() for name, b in self.module.named_buffers()}
         self.orders: dict[tuple[int, int], tuple[int, Tensor]] = {}
-        self.tape, self.tapes = Tapes(self.generators), Tapes()  # of a gradient, and of gradients in lanes
+        self.watch = Watch(self.module, problem.loss, self.buffers, self.norms, self.generators, self.stop)
+        # of a gradient, and of gradients in lanes
+        self.tape, self.tapes = Tapes(self.generators, self.watch.outdated), Tapes(changed=self.watch.outdated)
 
     def constant(self, module: nn.Module) -> bool:
         """Whether ``module`` differs from ours in nothing but its trainable parameters."""
@@ -302,8 +316,12 @@ class _Live:
             buffer.copy_(built)
 
     def minibatch(self, seed: int, worker: int, step: int) -> Pair:
-        inputs, targets = self.train.take(self.chosen(seed, worker, step))
-        return self.augmented(inputs, seed, worker, step), targets
+        chosen = self.chosen(seed, worker, step)
+        if self.still:
+            return self.train.take(chosen)
+        with PythonSeeded(derive(_AUGMENT, seed, worker, step)):
+            inputs, targets = self.train.take(chosen)
+            return self.augmented(inputs, seed, worker, step), targets
 
     def chosen(self, seed: int, worker: int, step: int) -> Tensor:
         """The examples of a minibatch, by number."""
@@ -328,70 +346,105 @@ class _Live:
 
     def grad(self, x: Tensor, seed: int, worker: int, step: int) -> Pair:
         """What `Supervised.grad` gives."""
-        with _Seeded(self.generators, derive(_DRAW, seed, worker, step)):
+        if played := self.prepared(x, seed, worker, step):
+            return played()
+        number = derive(_DRAW, seed, worker, step)
+        with Seeded(self.generators, number):
             inputs = _aligned(x), *self.minibatch(seed, worker, step)
-            return cast(Pair, self.tape(self.gradient, *inputs, form=self.pure))
+            return cast(Pair, self.tape(partial(self.gradient, number), *inputs, form=partial(self.pure, number)))
 
     def prepared(self, x: Tensor, seed: int, worker: int, step: int) -> Callable[[], Pair] | None:
-        """What `Supervised.prepare` gives."""
+        """What `Supervised.prepare` gives: it draws from a stream of its own, from where the minibatch has left torch's."""
         if self.device.type != "cpu" or not self.tape.tapes:
             return None
-        with _Seeded(self.generators, derive(_DRAW, seed, worker, step)):
+        number, stream = derive(_DRAW, seed, worker, step), Generator()
+        if self.still:
             inputs = _aligned(x), *self.minibatch(seed, worker, step)
-            play, stream = self.tape.play(*inputs), Generator()
-            stream.set_state(torch.get_rng_state())
+            stream.manual_seed(number)
+        else:
+            with Seeded(self.generators, number):
+                inputs = _aligned(x), *self.minibatch(seed, worker, step)
+                stream.set_state(torch.get_rng_state())
+        play = self.tape.play(*inputs)
         return play and partial(_played, play, stream, inputs)
 
-    def gradient(self, x: Tensor, inputs: Tensor, targets: Tensor) -> Pair:
-        """The gradient at ``x``, ``Tensor[d]``, and the loss, ``Tensor[]``."""
+    def gradient(self, number: int, x: Tensor, inputs: Tensor, targets: Tensor) -> Pair:
+        """The gradient at ``x``, ``Tensor[d]``, and the loss, ``Tensor[]``; Python's random numbers are those of ``number``."""
+        take = partial(self.once, number, x, inputs, targets)
+        return self.watch.over(take) if self.watch.due("alone") else take()
+
+    def once(self, number: int, x: Tensor, inputs: Tensor, targets: Tensor) -> Pair:
+        """`gradient`."""
         self.load(x)
         self.module.zero_grad()  # left by a call that failed
-        loss = self.problem.loss(self.module(inputs), targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with PythonSeeded(number) as python:
+            loss = self.problem.loss(self.module(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+        if python.drawn:
+            self.stop()  # a recording would have them for ever
         return self.flat.take_gradient(), loss.detach()
 
-    def pure(self, x: Tensor, inputs: Tensor, targets: Tensor) -> Pair:
+    def stop(self) -> None:
+        """Play no recordings any more."""
+        self.tape.stop()
+        self.tapes.stop()
+
+    def pure(self, number: int, x: Tensor, inputs: Tensor, targets: Tensor) -> Pair:
         """`gradient`, but the module's own parameters and buffers are neither read nor written."""
         named = zip(self.named, torch.split(x.detach(), self.sizes), self.flat.parameters, strict=True)
         tensors = {name: part.view(p.shape).requires_grad_() for name, part, p in named}
         buffers = {name: b.clone() for name, b in self.built.items()}
-        loss = self.problem.loss(functional_call(self.module, tensors | buffers, (inputs,)), targets)
-        each = torch.autograd.grad(loss, list(tensors.values()), materialize_grads=True)
+        with PythonSeeded(number):
+            loss = self.problem.loss(functional_call(self.module, tensors | buffers, (inputs,)), targets)
+            each = torch.autograd.grad(loss, list(tensors.values()), materialize_grads=True)
         return torch.cat([g.reshape(-1) for g in each]), loss.detach()
 
     def grads(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
         """What `Supervised.grads` gives: the module's forward pass mapped over lanes, one backward pass for all."""
         whose = [(p.problem.seed, p.worker, p.step) for p in points]  # type: ignore[attr-defined]
-        with _Seeded(self.generators, derive(_DRAW, *whose[0])):
+        number = derive(_DRAW, *whose[0])
+        with Seeded(self.generators, number):
+            if self.watch.due("lanes"):
+                self.watch.over(partial(self.once, number, points[0].x, *self.minibatch(*whose[0])))
+        with Seeded(self.generators, number):
             before = [g.get_state() for g in self.generators]
-            draws = _Draws(self.generators, [derive(_DRAW, *who) for who in whose]) if self.draws else None
+            draws = LaneDraws(self.generators, [derive(_DRAW, *who) for who in whose]) if self.draws else None
             inputs, targets = self.minibatches(whose, draws)
             x = torch.stack([p.x for p in points]).detach()
             if draws:
                 with draws:
-                    return self._gradients(x, inputs, targets)
-            grads, losses = self.tapes(self._gradients, x, inputs, targets)
-            self.draws = _drawn(self.generators, before)
+                    return self._gradients(number, x, inputs, targets)
+            grads, losses = self.tapes(partial(self._gradients, number), x, inputs, targets)
+            self.draws = drawn(self.generators, before)
         return self.grads(points) if self.draws else (grads, losses)  # if they drew from one stream, each from its own
 
-    def _gradients(self, x: Tensor, inputs: Tensor, targets: Tensor) -> Pair:
-        """The gradient of each lane at its point, ``Tensor[n, d]`` both, and its loss, ``Tensor[n]``."""
+    def _gradients(self, number: int, x: Tensor, inputs: Tensor, targets: Tensor) -> Pair:
+        """The gradient of each lane at its point, ``Tensor[n, d]`` both, and its loss, ``Tensor[n]``.
+
+        Raises ``RuntimeError`` for a module that draws from Python's generators, which would draw once for all lanes.
+        """
         n = len(x)
         parts = [
             part.view(n, *p.shape).requires_grad_()
             for part, p in zip(torch.split(x, self.sizes, 1), self.flat.parameters, strict=True)
         ]
         buffers = {name: b.expand(n, *b.shape).clone() for name, b in self.built.items()}
-        losses = self._losses(dict(zip(self.named, parts, strict=True)) | buffers, inputs, targets)
-        each = torch.autograd.grad(losses.sum(), parts, materialize_grads=True)
+        with PythonSeeded(number) as python:
+            losses = self._losses(dict(zip(self.named, parts, strict=True)) | buffers, inputs, targets)
+            each = torch.autograd.grad(losses.sum(), parts, materialize_grads=True)
+        if python.drawn:
+            raise RuntimeError(
+                f"{type(self.module).__name__} draws from Python's random or numpy.random, once for all {n} lanes: take "
+                "gradients one at a time (lanes=1), or draw from torch"
+            )
         grads = torch.empty_like(x)
         for place, part in zip(torch.split(grads, self.sizes, 1), each, strict=True):
             place.view(part.shape).copy_(part)
         return grads, losses.detach()
 
-    def minibatches(self, whose: Sequence[tuple[int, int, int]], draws: _Draws | None) -> Pair:
+    def minibatches(self, whose: Sequence[tuple[int, int, int]], draws: LaneDraws | None) -> Pair:
         """The minibatches of several, stacked."""
-        if isinstance(self.train, _Tensors) and self.problem.augment is None:
+        if self.still:
             inputs, targets = self.train.take(torch.cat([self.chosen(*who) for who in whose]))
             size = len(whose), self.problem.batch
             return inputs.view(*size, *inputs.shape[1:]), targets.view(*size, *targets.shape[1:])
@@ -498,8 +551,11 @@ def _examples(problem: Supervised, name: str, device: torch.device) -> _Tensors 
     if isinstance(data, tuple | list):
         return _Tensors(cast(data[0]), cast(data[1]))
     before = torch.get_rng_state()
-    first = data[0]
-    random = not torch.equal(before, torch.get_rng_state())  # held, such an item would never change again
+    with PythonSeeded(0) as python:
+        first = data[0]
+    random = python.drawn or not torch.equal(
+        before, torch.get_rng_state()
+    )  # held, such an item would never change again
     if not (isinstance(first, tuple | list) and len(first) == 2):
         refuse(problem, name, data, f"its items must be (input, target) pairs, item 0 is a {type(first).__name__}")
     if random or len(data) * sum(torch.as_tensor(t).nbytes for t in first) > HELD:
@@ -517,92 +573,6 @@ def _usual(outputs: Tensor, targets: Tensor) -> Mapping[str, Callable[[Tensor, T
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """The share of examples whose highest score (``outputs: Tensor[n, classes]``) is that of their label."""
     return (outputs.argmax(1) == targets).double().mean()
-
-
-def _generators(device: torch.device) -> tuple[Generator, ...]:
-    """Every default generator that a module on this device may draw from."""
-    if device.type == "cpu":
-        return (torch.default_generator,)
-    if device.type == "cuda":
-        return (torch.default_generator, torch.cuda.default_generators[device.index])
-    raise ValueError(f"a model on {device}: gradients are repeatable on cpu and cuda only, move it there")
-
-
-def _drawn(generators: tuple[Generator, ...], states: list[Tensor]) -> bool:
-    """Whether any of them has drawn since it was in its state."""
-    return any(not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True))
-
-
-class _Seeded:
-    """Inside, the generators start from ``seed``; afterwards they are as they were.
-
-    Always done, for it takes microseconds, and whether a module draws (``functional.dropout``) cannot be known for
-    certain. ``torch.manual_seed`` would take a hundred: it visits every device.
-    """
-
-    def __init__(self, generators: tuple[Generator, ...], seed: int) -> None:
-        self.generators, self.seed = generators, seed
-
-    def __enter__(self) -> None:
-        self.states = [g.get_state() for g in self.generators]
-        for g in self.generators:
-            g.manual_seed(self.seed)
-
-    def __exit__(self, *error: object) -> None:
-        for g, state in zip(self.generators, self.states, strict=True):
-            g.set_state(state)
-
-
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, what draws random numbers for stacked lanes draws them lane by lane, as each lane alone would.
-
-    Each lane has a state of the generators of its own, from a seed of its own on. Sees operations after `vmap` has given
-    them their stacked form, with the lanes first.
-    """
-
-    def __init__(self, generators: tuple[Generator, ...], seeds: Sequence[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.generators = generators
-        self.states = []
-        for seed in seeds:
-            for g in generators:
-                g.manual_seed(seed)
-            self.states.append([g.get_state() for g in generators])
-
-    @contextmanager
-    def lane(self, k: int) -> Iterator[None]:
-        """Inside, the generators are those of lane ``k``."""
-        for g, state in zip(self.generators, self.states[k], strict=True):
-            g.set_state(state)
-        yield
-        self.states[k] = [g.get_state() for g in self.generators]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        n = len(self.states)
-
-        def part(value: Any, k: int) -> Any:
-            if not isinstance(value, Tensor) or not value.dim():
-                return value
-            if len(value) % n:
-                raise RuntimeError(f"{func} draws for {n} lanes in a tensor of {list(value.shape)}")
-            return value.chunk(n)[k]
-
-        results = []
-        for k in range(n):
-            if isinstance(args[0], Tensor):
-                mine = tree_map(lambda value, k=k: part(value, k), args)
-            else:  # it makes a tensor from nothing, and is told its size first
-                mine = ([args[0][0] // n, *args[0][1:]], *args[1:])
-            with self.lane(k):
-                results.append(func(*mine, **kwargs))
-        if func._schema.is_mutable:
-            return args[0]
-        if isinstance(results[0], tuple):
-            return tuple(torch.cat(each) for each in zip(*results, strict=True))
-        return torch.cat(results)
 
 
 class Recipe(ABC):
