@@ -24,7 +24,7 @@ from torch import Tensor
 import offbeat as ob
 from offbeat.core.periodic import OuterMethod
 from offbeat.core.protocol import AllReduce as Reduce
-from offbeat.core.protocol import Ask, Gradient, Inbox, Node, Recv, Send, loop
+from offbeat.core.protocol import Ask, Begin, Gradient, Inbox, Node, Recv, Send, loop
 from offbeat.core.seeds import derive
 from offbeat.core.topology import (
     Complete,
@@ -990,6 +990,8 @@ class Engine:
                 self.taken[i] += 1
                 self.go_on(i, g)
                 return i, g
+            case Begin():
+                self.go_on(i, None)
             case Ask(to=to, msg=msg) if i not in self.answers:
                 self.crossed += to in self.answers
                 self.nodes[to].state, self.answers[i] = self.method.meet(self.nodes[to].state, msg)  # type: ignore[attr-defined]
@@ -1098,6 +1100,26 @@ def test_visits_in_pairs_conserve_the_mean(topology: str) -> None:
             total = total - LR * g
         assert close(sum(node.state.x for node in engine.nodes) + sum(engine.answers.values()), total)
     assert engine.crossed > 50
+
+
+def test_a_gradient_is_applied_where_visits_during_it_have_led() -> None:
+    """AD-PSGD, arXiv:1710.06952: x_i <- (x_i + x_j) / 2 - eta g(x_i as it was), with momentum and weight decay at the average."""
+    method = ADPSGD(ob.SGD(LR, momentum=MU, weight_decay=WD), topology=Complete())
+    nodes = [Node(i, method, method.init(x), view=lambda step: (0, 1)) for i, x in enumerate((X0, 2 * X0 + 1))]
+    life = loop(method, nodes[0])
+    assert torch.equal(next(life).x, X0)  # type: ignore[union-attr]
+    to, msg = life.send(None)  # type: ignore[misc]
+    assert to == 1
+    nodes[1].state, reply = method.meet(nodes[1].state, msg)
+    request = life.send(reply)
+    middle = (X0 + 2 * X0 + 1) / 2
+    assert close(nodes[0].state.x, middle)
+    assert isinstance(request, Gradient)
+    assert torch.equal(request.x, X0)
+    nodes[0].state, _ = method.meet(nodes[0].state, -X0)  # while the gradient is computed
+    now, g = (middle - X0) / 2, DISH.grad(X0, 0, 0)[0]
+    assert isinstance(life.send(g), Begin)
+    assert close(nodes[0].state.x, now - LR * (g + WD * now))
 
 
 def test_a_visitor_may_be_visited_on_its_way() -> None:
@@ -1255,27 +1277,31 @@ def wander(
     kind: str, order: list[tuple[int, int]], rule: str, lr: Lr, period: int
 ) -> tuple[dict[tuple[int, int], Tensor], Tensor]:
     """Where gradients are taken when peers end theirs in this order of (peer, step), each exchange atomic; and the mean
-    model at the end."""
+    model at the end. A visit is made at the start of a gradient, which is applied to what has become of the peer by its end;
+    a push goes out at the end of one, and what has come in is merged before the next."""
     peers, weight, box = [Descent(rule, lr) for _ in range(N)], [1.0] * N, [deque[Any]() for _ in range(N)]
-    at = {(i, 0): X0 for i in range(N)}
-    for i, k in order:
-        me, other = peers[i], peers[drawn(i, k)]
+    at = {(i, 0): X0 for i in range(N)}  # where visits of first steps change nothing
+    for taken, (i, k) in enumerate(order):
+        me = peers[i]
         me.step(grad(at[i, k], i, k))
+        if (k + 1) % period == 0 and kind == "push":
+            box[drawn(i, k)].append((me.x, 0.0))
+        if (k + 1) % period == 0 and kind == "go" and derive(1, i, k, 1) / 2**63 < 0.6:
+            weight[i] /= 2
+            box[drawn(i, k)].append((me.x, weight[i]))
         while box[i]:  # arXiv:1611.04581, 1611.09726
             x, w = box[i].popleft()
             me.x = (weight[i] * me.x + w * x) / (weight[i] + w) if kind == "go" else (me.x + x) / 2
             weight[i] += w
-        if (k + 1) % period == 0:
-            if kind == "pull":
-                me.x = (me.x + other.x) / 2
-            elif kind == "pair":  # arXiv:1710.06952; what was asked for before is where the gradient is taken
-                me.x = other.x = (me.x + other.x) / 2
-            elif kind == "push":
-                box[drawn(i, k)].append((me.x, 0.0))
-            elif derive(1, i, k, 1) / 2**63 < 0.6:
-                weight[i] /= 2
-                box[drawn(i, k)].append((me.x, weight[i]))
         at[i, k + 1] = me.x
+        if (
+            (k + 2) % period == 0 and kind in ("pull", "pair") and taken + N < len(order)
+        ):  # else there is no next gradient
+            other = peers[drawn(i, k + 1)]
+            middle = (me.x + other.x) / 2
+            me.x = middle
+            if kind == "pair":  # arXiv:1710.06952
+                other.x = middle
     return at, torch.stack([peer.x for peer in peers]).mean(0)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import offbeat as ob
 from offbeat.core import protocol
-from offbeat.core.protocol import AllReduce, Ask, Gradient, Inbox, Loop, Node, Recv, Request, Send
+from offbeat.core.protocol import AllReduce, Ask, Begin, Gradient, Inbox, Loop, Node, Recv, Request, Send
 from offbeat.methods import ASGD, GEM, DanaZero, Downpour
 
 BOWL = Bowl()
@@ -617,8 +617,8 @@ def test_a_kind_without_a_loop_is_refused() -> None:
         simulate(ob.Cluster(1), 10, Kindless())
 
 
-def test_there_are_six_requests() -> None:
-    assert set(Request.__args__) == {Gradient, Ask, Send, Recv, Inbox, AllReduce}
+def test_there_are_seven_requests() -> None:
+    assert set(Request.__args__) == {Gradient, Begin, Ask, Send, Recv, Inbox, AllReduce}
 
 
 # ---------------------------------------------------------------- traces

@@ -40,7 +40,7 @@ class GossipMethod(RuleMethod):
         self.topology.check(n)
 
     def talks(self, step: int, draw: float) -> bool:
-        """Whether the peer talks after its step number ``step``; ``draw`` is a fresh even draw from [0, 1)."""
+        """Whether the peer talks in its step number ``step``; ``draw`` is a fresh even draw from [0, 1)."""
         return (step + 1) % self.period == 0
 
     def welcome(self, w: Any) -> tuple[Any, Any]:
@@ -96,7 +96,7 @@ class AveragingGossipMethod(RoundGossipMethod):
 
 @dataclass(frozen=True)
 class PushGossipMethod(GossipMethod):
-    """Peers push to each other and never wait: what has come in is merged before the next gradient."""
+    """Peers push to each other and never wait. In each step: what has come in is merged, a gradient moves, a push goes out."""
 
     @abstractmethod
     def send(self, w: Any) -> tuple[Any, Message]:
@@ -109,7 +109,11 @@ class PushGossipMethod(GossipMethod):
 
 @dataclass(frozen=True)
 class PairGossipMethod(GossipMethod):
-    """A peer visits one other at a time; the visit is atomic at the visited, who goes on with its own gradient."""
+    """A peer visits one other while its own gradient is computed, which is then applied where the visit has led it.
+
+    The visit is atomic at the visited, who goes on with its own gradient. One that leaves in good order visits once more,
+    so that others have a part in what it did since its last visit.
+    """
 
     @abstractmethod
     def offer(self, w: Any) -> Message:
@@ -122,3 +126,6 @@ class PairGossipMethod(GossipMethod):
     @abstractmethod
     def settle(self, w: Any, reply: Message) -> Any:
         """The visitor's state once it is back; it may itself have been visited meanwhile."""
+
+    def inherit(self, w: Any, gone: Any) -> Any:
+        return self.meet(w, self.offer(gone))[0]

@@ -31,6 +31,17 @@ class Gradient(NamedTuple):
     """Whether the worker has delivered all that it has worked for, so that it may leave here and nothing is lost."""
 
 
+class Begin(NamedTuple):
+    """Begin a minibatch gradient at ``x`` and go on: the next `Gradient`, at the same ``x``, waits for it. Answer: None.
+
+    What is asked in between takes place while the gradient is computed. A run ends here too, and a worker leaves here.
+    """
+
+    x: Tensor
+    free: bool = True
+    """As for `Gradient`."""
+
+
 class Ask(NamedTuple):
     """Send ``msg`` to node ``to``, which reacts atomically. Answer: its reply; None if ``to`` is dead."""
 
@@ -69,7 +80,7 @@ class AllReduce(NamedTuple):
     round: int | None = None
 
 
-Request = Gradient | Ask | Send | Recv | Inbox | AllReduce
+Request = Gradient | Begin | Ask | Send | Recv | Inbox | AllReduce
 Loop = Generator[Request, Any, None]
 
 
@@ -119,9 +130,9 @@ def _server(method: ServerMethod, node: Node) -> Loop:
 @loop.register
 def _push(method: PushGossipMethod, node: Node) -> Loop:
     while True:
-        yield from _step(method, node)
         for _, msg in (yield Inbox()):
             node.state = method.receive(node.state, msg)
+        yield from _step(method, node)
         peer = _partner(method, node)
         if peer is not None:
             node.state, msg = method.send(node.state)
@@ -133,12 +144,15 @@ def _push(method: PushGossipMethod, node: Node) -> Loop:
 @loop.register
 def _pair(method: PairGossipMethod, node: Node) -> Loop:
     while True:
-        yield from _step(method, node)
+        x = method.params(node.state)
+        yield Begin(x)
         peer = _partner(method, node)
         if peer is not None:
             reply = yield Ask(peer, method.offer(node.state))
             if reply is not None:
                 node.state = method.settle(node.state, reply)
+        g = yield Gradient(x, free=False)
+        node.state = method.local(node.state, g)  # at the point that visits, its own and others', have led to
         node.step += 1
 
 
@@ -233,7 +247,7 @@ def give_back(node: Node, msg: Message) -> None:
 
 
 def _partner(method: PushGossipMethod | PairGossipMethod, node: Node) -> int | None:
-    """With whom the node talks after this step, if it does."""
+    """With whom the node talks in this step, if it does."""
     draw = derive(node.seed, node.id, node.step, 1) / (1 << 63)
     if not method.talks(node.step, draw):
         return None

@@ -11,7 +11,7 @@ import torch
 from ..core.gossip import GossipMethod, PairGossipMethod
 from ..core.method import Message, Method, ServerMethod
 from ..core.problem import Problem
-from ..core.protocol import AllReduce, Ask, Gradient, Inbox, Loop, Node, Recv, Send, Server, give_back, loop
+from ..core.protocol import AllReduce, Ask, Begin, Gradient, Inbox, Loop, Node, Recv, Send, Server, give_back, loop
 from ..trace import Deeds, Event, Incident, Trace
 from .ensemble import average
 from .simulator import Run
@@ -176,6 +176,8 @@ class _Together:
                 if self.watch:
                     self.watch(event)
             answer = g
+        elif what == "went":
+            assert isinstance(request, Begin)
         elif what == "sent":
             assert isinstance(request, Send)
             answer = about[1]

@@ -22,7 +22,7 @@ from ..core.gossip import GossipMethod, PairGossipMethod
 from ..core.method import Local, Message, Method, ServerMethod
 from ..core.periodic import OuterMethod
 from ..core.problem import Batched, Point, Problem
-from ..core.protocol import SERVER, AllReduce, Ask, Gradient, Loop, Node, Recv, Request, Send, give_back, loop
+from ..core.protocol import SERVER, AllReduce, Ask, Begin, Gradient, Loop, Node, Recv, Request, Send, give_back, loop
 from ..core.topology import Members
 from ..core.values import refuse
 from ..failure import Deadlock, Diverged, Failure, WorkerLost
@@ -137,6 +137,7 @@ class _Worker:
     returning: bool = False  # to join again as soon as it has left
     waits: Request | None = None
     ahead: Taken | Coming | None = None  # its present gradient, taken before its time
+    taken: Taken | None = None  # the same once it is done, until the loop asks for it
     flying: bool = False  # whether it is at one that no fault will cut short
     due: float = 0.0  # when
     inbox: deque[tuple[int, int | None, Message]] = field(default_factory=deque)
@@ -414,7 +415,7 @@ class Simulation:
             if lost:  # somebody else takes it
                 self.granted -= 1
                 for other in list(self.workers.values()):
-                    if isinstance(other.waits, Gradient) and not other.pending:
+                    if isinstance(other.waits, Gradient | Begin) and not other.pending:
                         self._grant(other, other.waits)
 
     def _die(self, worker: _Worker, downtime: float) -> None:
@@ -458,11 +459,17 @@ class Simulation:
             self.wanting = worker
             self.clock.at(self.clock.now, -1, self._finish, worker)  # next
             return
-        if not isinstance(taken, Taken):
-            taken = taken()
+        worker.taken = taken if isinstance(taken, Taken) else taken()
+        worker.idle, worker.ahead, worker.flying = self.clock.now, None, False
+        if isinstance(worker.waits, Gradient):  # else it is on a visit, and takes it when it is back
+            self._use(worker)
+
+    def _use(self, worker: _Worker) -> None:
+        """A worker's gradient takes effect."""
+        taken, worker.taken = worker.taken, None
+        assert taken is not None
         if self.evaluate_every:
             self._evaluate_due()
-        worker.idle, worker.ahead, worker.flying = self.clock.now, None, False
         if taken.wrong:
             raise self._failed(Diverged, taken.wrong, worker.node.id, worker.steps - 1)
         self._advance(worker, taken.g, (worker.steps - 1, worker.x, taken.loss))
@@ -509,7 +516,9 @@ class Simulation:
             if self.peers:
                 self.peers.changed(worker.node)
             worker.waits = request
-            if isinstance(request, Gradient):
+            if isinstance(request, Gradient) and worker.pending:  # it has begun
+                return self._use(worker) if worker.taken else None
+            if isinstance(request, Gradient | Begin):
                 return self._grant(worker, request)
             if isinstance(request, Recv):
                 return self._receive(worker)
@@ -526,11 +535,11 @@ class Simulation:
                 answer = [(source, message) for source, _, message in worker.inbox]
                 worker.inbox.clear()
 
-    def _grant(self, worker: _Worker, request: Gradient) -> None:
+    def _grant(self, worker: _Worker, request: Gradient | Begin) -> None:
         if self.peers:
             for newcomer in self.peers.arrivals(worker.node):
                 self._start(newcomer, worker.node.id)
-        if request.free:
+        if request.free and isinstance(request, Gradient):
             worker.undelivered = 0
         if worker.leaving and request.free:
             self._gone(worker, "left")
@@ -545,6 +554,8 @@ class Simulation:
             worker.compute = next(worker.times)
             for slowdown in self.slowdowns:
                 worker.compute *= slowdown(who, now)
+            if isinstance(request, Begin):
+                self._resume(worker, None)
             if self.crashes:
                 deaths = (crash(self.seed, who, worker.steps - 1) for crash in self.crashes)
                 if death := next(filter(None, deaths), None):
@@ -607,6 +618,7 @@ class Simulation:
             return
         peer.node.state, reply = self.method.meet(peer.node.state, request.msg)
         peer.visits += 1
+        worker.undelivered = peer.undelivered = 0  # each has a part in what the other did
         self.ensemble.changed(peer.node)
         self._transfer(request.to, worker.node.id, reply, self._resume, worker, reply, self.clock.now)
 

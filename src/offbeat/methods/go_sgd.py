@@ -1,7 +1,7 @@
 """GoSGD: push gossip with weights; a peer gives away half of its weight with its model.
 
-with probability p:  w_i <- w_i / 2;  send (x_i, w_i) to a random j
-on receipt:          x_j <- (w_j x_j + w_i x_i) / (w_j + w_i);   w_j <- w_j + w_i
+each that has come:  x_j <- (w_j x_j + w_i x_i) / (w_j + w_i);   w_j <- w_j + w_i
+a local step;        then with probability p:  w_i <- w_i / 2;  send (x_i, w_i) to a random j
 """
 
 from __future__ import annotations

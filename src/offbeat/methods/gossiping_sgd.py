@@ -17,11 +17,12 @@ from ..core.topology import RandomPeer, RandomPull, Topology
 
 @dataclass(frozen=True)
 class PullGossip(PairGossipMethod):
-    """Asynchronous pull gossip: after a step a peer fetches a random other's model as it is and goes half way.
+    """Asynchronous pull gossip: with each step a peer fetches a random other's model as it is and goes half way.
 
     Jin, Yuan, Iandola, Keutzer. How to scale distributed deep learning? arXiv:1611.04581.
-    Differences from the paper: its text was not at hand; the equations follow two public programs. Momentum stays at the
-    peer. The mean over peers is evaluated.
+    Differences from the paper: its text was not at hand; the equations follow two public programs, in which the other's
+    model is fetched while the gradient is computed (in a real run: when it is there), and the step is taken after that.
+    Momentum stays at the peer. The mean over peers is evaluated.
     Weight decay is the rule's. The mean is conserved in expectation only. A peer that dies takes its own progress along;
     one that joins copies the model of one that lives.
     """
@@ -41,7 +42,8 @@ class PushGossip(PushGossipMethod):
     """Asynchronous push gossip: after a step a peer sends its model to a random other, which goes half way to it.
 
     Jin, Yuan, Iandola, Keutzer. How to scale distributed deep learning? arXiv:1611.04581.
-    Differences from the paper: as for PullGossip; what has come in is merged, in order of arrival, after the next gradient.
+    Differences from the paper: its text was not at hand. What has come in is merged, in order of arrival, before the next
+    gradient. Momentum stays at the peer.
     Weight decay is the rule's, the mean over peers is evaluated. The mean is conserved in expectation only.
     """
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod, RoundGossipMethod
 from ..core.method import Message, Method
 from ..core.periodic import OuterMethod, PeriodicMethod
-from ..core.protocol import AllReduce, Ask, Gradient, Inbox, Loop, Node, Recv, Request, Send, give_back, loop
+from ..core.protocol import AllReduce, Ask, Begin, Gradient, Inbox, Loop, Node, Recv, Request, Send, give_back, loop
 from ..core.tree import apart, leaves, rebuild
 from ..failure import Diverged
 from ..trace import Trace
@@ -655,7 +655,7 @@ class Peer(Driver):
 
     def _drive(self, request: Request) -> None:
         """Answer requests until a gradient is asked for."""
-        while not isinstance(request, Gradient):
+        while not isinstance(request, Gradient | Begin):
             answer: Any
             if isinstance(request, Send) and isinstance(self.method, PushGossipMethod):
                 answer = self._push(request.to, request.msg)
@@ -1097,6 +1097,13 @@ class Peer(Driver):
                 self._go_on()
                 if time.monotonic() - self.said > 1.0:  # in the middle of a long block
                     self._tell(Kind.STEP, {})
+                if isinstance(
+                    self.request, Begin
+                ):  # the visit that belongs to it is made now that the gradient is there
+                    with self.monitor:
+                        self._did("went")
+                        request = self.loop.send(None)
+                    self._drive(request)
                 with self.monitor:
                     self._did("step", self.node.step)
                     request = self.loop.send(g)
@@ -1247,10 +1254,12 @@ class Solitary(Driver):
         self._drive(next(self.loop))
 
     def step(self, g: Tensor, loss: float) -> None:
+        if isinstance(self.request, Begin):
+            self._drive(self.loop.send(None))
         self._drive(self.loop.send(g))
 
     def _drive(self, request: Request) -> None:
-        while not isinstance(request, Gradient):
+        while not isinstance(request, Gradient | Begin):
             if isinstance(request, AllReduce):
                 answer = request.msg
             else:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.method import GradientServer, Message, Method, ServerMethod
 from ..core.problem import Problem
-from ..core.protocol import Ask, Gradient, Loop, Node, Server, loop
+from ..core.protocol import Ask, Begin, Gradient, Loop, Node, Server, loop
 from ..core.tree import leaves, rebuild
 from ..engines.faults import Fault
 from ..engines.speed import Speed
@@ -361,7 +361,7 @@ class Driver(ABC):
 
     terms: Terms
     node: Node
-    request: Gradient
+    request: Gradient | Begin
     keeps = True
     """Whether it may keep a gradient when `step` has returned; else the caller may use its memory again."""
 
