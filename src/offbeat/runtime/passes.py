@@ -69,7 +69,7 @@ class _Deal(Sampler[list[int]]):
         if number not in self.orders:
             seed = derive(self.worker.terms.seed, number)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed those of GPUs, too
                 batches = self.loader.batch_sampler
                 for part in (self.loader, self.loader.sampler, batches, getattr(batches, "sampler", None)):
                     generator = getattr(part, "generator", None)

@@ -59,9 +59,9 @@ class Team:
 
     def _joined(self, t: Tensor, parameters: int) -> Tensor:
         if not t.dim():
-            t = t.detach().clone().to(self.device)
-            dist.broadcast(t, group_src=0, group=self.group)
-            return t.cpu()
+            number = t.detach().clone().to(self.device)
+            dist.broadcast(number, group_src=0, group=self.group)
+            return number.to(t.device)
         if not self.whole:
             return t
         edges = [round(r * parameters / self.size) for r in range(self.size + 1)]
