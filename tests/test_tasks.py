@@ -362,72 +362,24 @@ class Tied(nn.Module):
         return self.out(self.embed(x))
 
 
-def test_flat_views_parameters_and_gradients():
+def test_flat_views_parameters_and_takes_gradients():
     net = plain()
     vector = parameters_to_vector(net.parameters()).detach().clone()
     flat = Flat(net)
     assert torch.equal(flat.data, vector)
     assert torch.equal(parameters_to_vector(net.parameters()), vector)
-    assert flat.grad.count_nonzero() == 0
     x, y = examples()
-    F.cross_entropy(net(x), y).backward()
-    grad = flat.gather()
-    assert grad is flat.grad
-    assert torch.equal(grad, torch.cat([p.grad.flatten() for p in net.parameters()]))
-    before = net(x)
-    flat.data.sub_(0.1 * flat.grad)
-    assert F.cross_entropy(net(x), y) < F.cross_entropy(before, y)
-    assert torch.equal(parameters_to_vector(net.parameters()), flat.data)
-
-
-def test_flat_collects_gradients_in_memory_that_it_is_given():
-    net = plain()
-    flat, memory = Flat(net), torch.full((10_000,), 7.0)
-    memory = memory[: len(flat.grad)]
-    x, y = examples()
-    F.cross_entropy(net(x), y).backward()
-    before = flat.gather().clone()
-    flat.collect_in(memory)
-    assert torch.equal(memory, before), "what was there is kept"
-    F.cross_entropy(net(x), y).backward()
-    assert flat.gather() is memory
-    assert torch.allclose(memory, 2 * before)
-    net.zero_grad()
-    F.cross_entropy(net(x), y).backward()
-    assert torch.equal(flat.gather(), before)
-    assert memory.data_ptr() == next(net.parameters()).grad.data_ptr()
-
-
-def test_flat_survives_zero_grad_and_optimizers():
-    x, y = examples()
-    a, b = plain(), plain()
-    b.load_state_dict(a.state_dict())
-    flat = Flat(a)
-    for net in (a, b):
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-        for _ in range(3):
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(net(x), y).backward()
-            if net is a:
-                expected = torch.cat([p.grad.flatten() for p in a.parameters()])
-                assert torch.equal(flat.gather(), expected)
-                assert all(p.grad.untyped_storage().data_ptr() == flat.grad.data_ptr() for p in a.parameters())
-            optimizer.step()
-    assert torch.equal(flat.data, parameters_to_vector(b.parameters()))
-    a.zero_grad(set_to_none=True)
-    F.cross_entropy(a[2](torch.zeros(1, 12)), torch.zeros(1, dtype=torch.long)).backward()
-    assert flat.gather()[: 6 * 12 + 12].count_nonzero() == 0, "a missing gradient counts as 0"
-    assert flat.grad.count_nonzero() > 0
-    a.load_state_dict(b.state_dict())
-    assert torch.equal(flat.gather(), flat.grad), "loading a state keeps the views"
-
-
-def test_flat_keeps_gradients_that_were_there():
-    net = plain()
-    x, y = examples()
-    F.cross_entropy(net(x), y).backward()
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
     expected = torch.cat([p.grad.flatten() for p in net.parameters()])
-    assert torch.equal(Flat(net).grad, expected)
+    grad = flat.take_gradient()
+    assert torch.equal(grad, expected)
+    assert all(p.grad is None for p in net.parameters())
+    flat.data.sub_(0.1 * grad)
+    assert F.cross_entropy(net(x), y) < loss
+    assert torch.equal(parameters_to_vector(net.parameters()), flat.data)
+    F.cross_entropy(net[2](torch.zeros(1, 12)), torch.zeros(1, dtype=torch.long)).backward()
+    assert flat.take_gradient()[: 6 * 12 + 12].count_nonzero() == 0, "a missing gradient counts as 0"
 
 
 def test_flat_takes_tied_parameters_once_and_leaves_frozen_ones_out():
@@ -437,7 +389,7 @@ def test_flat_takes_tied_parameters_once_and_leaves_frozen_ones_out():
     assert flat.data.numel() == 20
     assert tied.out.weight is tied.embed.weight
     tied(words).square().sum().backward()
-    torch.testing.assert_close(flat.gather(), expected.flatten())
+    torch.testing.assert_close(flat.take_gradient(), expected.flatten())
     net = plain()
     net[0].requires_grad_(False)
     weight = net[0].weight.clone()
@@ -450,10 +402,9 @@ def test_flat_takes_tied_parameters_once_and_leaves_frozen_ones_out():
 def test_flat_gathers_sparse_gradients():
     net = nn.Embedding(5, 4, sparse=True)
     flat = Flat(net)
-    net.zero_grad(set_to_none=True)
     net(torch.tensor([1, 1, 3])).sum().backward()
     assert net.weight.grad.is_sparse
-    assert flat.gather().view(5, 4).sum(1).tolist() == [0, 8, 0, 4, 0]
+    assert flat.take_gradient().view(5, 4).sum(1).tolist() == [0, 8, 0, 4, 0]
 
 
 def test_flat_orders_channels_last_parameters_as_any_other():
@@ -466,7 +417,7 @@ def test_flat_orders_channels_last_parameters_as_any_other():
     a(x).square().sum().backward()
     b(x.to(memory_format=torch.channels_last)).square().sum().backward()
     assert torch.equal(flats[0].data, flats[1].data)
-    torch.testing.assert_close(flats[0].gather(), flats[1].gather(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(flats[0].take_gradient(), flats[1].take_gradient(), rtol=1e-4, atol=1e-4)
 
 
 def test_flat_refuses_what_is_no_vector():
@@ -485,19 +436,13 @@ def test_flat_refuses_what_is_no_vector():
         Flat(nn.ReLU())
     with pytest.raises(ValueError, match=r"without a shape \(weight, bias\)"):
         Flat(nn.LazyLinear(3))
+    waves = nn.ParameterDict({"w": torch.zeros(3, dtype=torch.complex64), "v": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"complex parameters \(w\).*torch\.view_as_real"):
+        Flat(waves)
     pair = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     pair[1].weight.data = pair[0].weight.data
     with pytest.raises(ValueError, match="same memory"):
         Flat(pair)
-
-
-@pytest.mark.parametrize("leave", [nn.Module.double, Flat], ids=["cast", "flattened again"])
-def test_flat_notices_when_the_module_leaves(leave):
-    net = plain()
-    flat = Flat(net)
-    leave(net)
-    with pytest.raises(RuntimeError, match=r"0\.weight has left"):
-        flat.gather()
 
 
 # --- a user's own problem

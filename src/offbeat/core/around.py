@@ -51,6 +51,9 @@ class Around(ServerMethod):
     def local(self, w: Any, g: Tensor) -> Any:
         return self.method.local(w, g)
 
+    def moved(self, w: Any, x: Tensor, begins: bool) -> Any | None:
+        return self.method.moved(w, x, begins)
+
     def length(self, w: Any) -> int:
         return self.method.length(w)
 

@@ -39,6 +39,14 @@ class Method(ABC):
     def check(self, n: int) -> None:
         """Refuse, with a ``ValueError``, a number of workers that the method cannot have."""
 
+    def moved(self, w: Any, x: Tensor, begins: bool) -> Any | None:
+        """The state of a worker whose script has set its parameters to ``x`` [d]: a state was loaded, weights were clipped.
+
+        ``begins`` says that the next gradient begins a block, so that all workers may have set the same. None: the state
+        cannot follow, as the model is not the worker's own.
+        """
+        return None
+
     def welcome(self, w: Any) -> tuple[Any, Any]:
         """A worker joins others that have no server, at one with state ``w``: that state afterwards, and the newcomer's."""
         return w, w
@@ -138,6 +146,9 @@ class RuleMethod(Averageable):
 
     def load(self, w: Any, x: Tensor) -> Any:
         return w._replace(x=x)
+
+    def moved(self, w: Any, x: Tensor, begins: bool) -> Any | None:
+        return self.shift(w, x)
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,11 @@ class OuterMethod(PeriodicMethod):
     def welcome(self, w: Nested) -> tuple[Nested, Nested]:
         return w, w._replace(inner=self.inner.restart(w.inner))
 
+    def moved(self, w: Nested, x: Tensor, begins: bool) -> Nested | None:
+        """In the middle of a block it is part of what the worker moves in it; at its beginning the block begins at ``x``."""
+        inner = self.inner.moved(w.inner, x, begins)
+        return None if inner is None else Nested(inner, self.reseat(w.slow, x) if begins else w.slow)
+
     # what a method around this one needs
 
     def pace(self, w: Nested) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .values import require, require_count
+from .values import plain, require, require_count
 
 
 @dataclass(frozen=True)
 class Schedule(ABC):
     """A rate as a function of the step; schedules multiply with each other and with numbers."""
+
+    __array_ufunc__ = None  # a number of numpy, too, leaves the product to `__rmul__`
 
     def __call__(self, step: int | float | Tensor) -> Tensor:
         """The rate at ``step`` (counted from 0), a 0-dim float64 tensor."""
@@ -48,7 +50,7 @@ def rate(lr: Rate, step: Tensor) -> float | Tensor:
 
 def require_rate(owner: object, field: str) -> None:
     """Refuse a rate that is neither a schedule nor a finite number above 0."""
-    lr = getattr(owner, field)
+    lr = plain(owner, field)
     ok = isinstance(lr, Schedule) or (isinstance(lr, float | int) and 0 < lr < math.inf)
     require(owner, field, ok, "must be a finite number above 0, or a schedule such as 0.1 * Warmup(500)")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import numbers
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,8 +26,28 @@ def refuse(owner: object, field: str, value: object, cure: str) -> NoReturn:
 
 def require(owner: object, field: str, ok: bool, cure: str) -> None:
     """`refuse` the field's present value unless ``ok``; write ``ok`` so that it is False for nan."""
+    plain(owner, field)
     if not ok:
         refuse(owner, field, getattr(owner, field), cure)
+
+
+def plain(owner: object, field: str) -> Any:
+    """The field's value, where its numbers are Python's own from now on: another library's, such as numpy's, are printed in
+    words of their own, which the other end of a run could not read."""
+    value = getattr(owner, field)
+    number = _plain(value)
+    if number is not value:
+        object.__setattr__(owner, field, number)
+    return number
+
+
+def _plain(value: Any) -> Any:
+    if type(value) is tuple:
+        parts = tuple(map(_plain, value))
+        return value if all(a is b for a, b in zip(parts, value, strict=True)) else parts
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def require_nonnegative(owner: object, field: str) -> None:
@@ -36,7 +57,7 @@ def require_nonnegative(owner: object, field: str) -> None:
 
 def require_count(owner: object, field: str, least: int = 1) -> None:
     """Refuse what is no whole number of at least ``least``."""
-    value = getattr(owner, field)
+    value = plain(owner, field)
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(owner, field, whole, f"must be a whole number, at least {least}")
 

@@ -232,6 +232,11 @@ class _Together:
                 if what == "left":
                     self.states[(*life, about[1])] = node.state
                     peer.left = True
+            elif what == "moved":
+                raise ValueError(
+                    f"the script of worker {life[0]} has set its parameters by itself in step {node.step}: the trace does "
+                    "not say to what, so it cannot be replayed"
+                )
             else:
                 raise ValueError(f"the trace has a deed {what!r} that this version does not know")
         if goes_on:

@@ -38,6 +38,9 @@ class AllReduce(RuleMethod, PeriodicMethod):
     def local(self, w: Replica, g: Tensor) -> Replica:
         return w._replace(g=g)
 
+    def moved(self, w: Replica, x: Tensor, begins: bool) -> None:
+        return None  # nothing would bring the peers together again: only gradients are averaged
+
     def contribute(self, w: Replica) -> Tensor:
         return w.g
 

@@ -88,6 +88,9 @@ class AsyncLocalSGD(ServerMethod, name="async-local-sgd"):
         rule, x = self.rule.step(w.rule, w.x, g)
         return w._replace(x=x, rule=rule)
 
+    def moved(self, w: Sprinter, x: Tensor, begins: bool) -> Sprinter:
+        return w._replace(x=x)  # part of what the next push brings, as the worker's steps are
+
     def push(self, w: Sprinter) -> Tensor:
         return w.start - w.x
 

@@ -73,6 +73,9 @@ class EASGD(ServerMethod):
             g = axpy(self.weight_decay, w.x, g)
         return Elastic(axpy(-rate(self.lr, w.step), g, w.x), w.v, w.x, w.step + 1)
 
+    def moved(self, w: Elastic, x: Tensor, begins: bool) -> Elastic:
+        return w._replace(x=x)
+
     def push(self, w: Elastic) -> Tensor:
         return w.before
 
@@ -122,3 +125,6 @@ class EAMSGD(EASGD):
             g = axpy(self.weight_decay, self.params(w), g)
         v = axpy(-rate(self.lr, w.step), g, self.momentum * w.v)
         return Elastic(w.x + v, v, w.x, w.step + 1)
+
+    def moved(self, w: Elastic, x: Tensor, begins: bool) -> Elastic:
+        return w._replace(x=axpy(-self.momentum, w.v, x))

@@ -52,6 +52,10 @@ class Rounded(Around):
     def local(self, w: Marked, g: Tensor) -> Marked:
         return w._replace(state=self.method.local(w.state, g))
 
+    def moved(self, w: Marked, x: Tensor, begins: bool) -> Marked | None:
+        state = self.method.moved(w.state, x, begins)
+        return None if state is None else w._replace(state=state)
+
     def length(self, w: Marked) -> int:
         return self.method.length(w.state)
 

@@ -45,8 +45,7 @@ def shard(replica: Replica, loader: Iterable[T]) -> Iterator[T]:
         replica.worker.use()
         yield batch
     with replica._member.turn():
-        replica.flat.write(replica.worker.master())
-    replica._shown = True
+        replica._show()
     replica._member.unfinished = False
 
 

@@ -1114,6 +1114,13 @@ class Peer(Driver):
         self._since = time.perf_counter()
         self._waited = self._since - now
 
+    def moved(self, x: Tensor, before: Tensor | None) -> bool:
+        with self.monitor:
+            could = super().moved(x, before)
+            if could:
+                self._did("moved")
+            return could
+
     def _diverged(self, what: str) -> NoReturn:
         """Nobody else gets what is not finite: this worker goes."""
         step = self.node.step
@@ -1248,10 +1255,19 @@ class Solitary(Driver):
         super().__init__(say)
         method.check(1)
         self.method, self.next = method, 0
-        self.node = Node(0, method, method.init(x0))
         self.terms = Terms(0, method, 0, 1, 0, None, [])
-        self.loop: Loop = loop(method, self.node)
+        self._set_out(x0)
+
+    def _set_out(self, x: Tensor) -> None:
+        self.node = Node(0, self.method, self.method.init(x))
+        self.loop: Loop = loop(self.method, self.node)
         self._drive(next(self.loop))
+
+    def moved(self, x: Tensor, before: Tensor | None) -> bool:
+        if self.node.step:
+            return super().moved(x, before)
+        self._set_out(x)  # nothing has happened yet: the run begins there
+        return True
 
     def step(self, g: Tensor, loss: float) -> None:
         if isinstance(self.request, Begin):

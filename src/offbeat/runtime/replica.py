@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Self, TypeVar
@@ -16,11 +17,12 @@ from torch.optim import Optimizer
 
 from ..core.gossip import GossipMethod
 from ..core.method import Method, ServerMethod
-from ..tasks.flat import Flat, flatten, local
+from .edits import OtherSteps, Roster, cannot_follow
 from .exit import Member
 from .host import OtherKind
 from .layout import layout_of
-from .optimizer import Lending
+from .optimizer import Lending, no_own_steps, stepped_beside
+from .parameters import Parameters
 from .passes import shard
 from .peer import Peer, Solitary
 from .place import Place
@@ -29,6 +31,8 @@ from .team import Team, Together
 from .worker import Alone, Driver, Parse, Remote, Worker
 
 T = TypeVar("T")
+Loss = Tensor | float
+Closure = Callable[[], Loss]
 IN_PLACE = torch.empty(0)
 """What a worker is given where its gradient stays in the model."""
 
@@ -63,6 +67,7 @@ class Replica:
     `LinkLost` where nobody answers; ``PermissionError`` for a wrong token.
     """
 
+    worker: Driver
     _step_supports_amp_scaling = True  # GradScaler always calls `step`; for that long it sets these two:
     grad_scale: Tensor | None
     found_inf: Tensor
@@ -76,7 +81,8 @@ class Replica:
         group: ProcessGroup | None = None,
         place: Place | None = None,
     ) -> None:
-        """``optimizer`` takes the local steps in the place of the method's rule. ``group`` are the ranks that together are
+        """``optimizer`` takes the local steps in the place of the method's rule: one of ``torch.optim``, or an object of your own
+        with ``param_groups``, ``state`` and ``step``. ``group`` are the ranks that together are
         this worker, with the model in `DistributedDataParallel` or after ``fully_shard``. ``place`` is where the run is
         (None: what the environment says).
         """
@@ -95,13 +101,21 @@ class Replica:
                 f"the script says {method!r} and the launcher says {place.method}: name the method in one place"
             )
         model = model.module if isinstance(model, DistributedDataParallel) else model
-        self.model, self.flat = model, flatten(model)
-        self.team = Team(group, isinstance(self.flat, Flat))
+        self.model, self.flat = model, Parameters(model)
+        self.team = Team(group, self.flat.whole)
         if group is None and not self.team.whole:
             raise ValueError("the model is sharded: name the process group of its ranks, as in group=dist.group.WORLD")
+        me = (place.servers, place.worker) if place.servers and place.worker is not None else None
+        if me is not None and (other := _LIVE.get(me)) is not None and not other.worker.left:
+            raise RuntimeError(
+                f"this process is worker {place.worker} of the run already, by another Replica, and one worker has one model. Make "
+                "one module of both, such as nn.ModuleList([a, b]), and one Replica of it; or leave() the first one before"
+            )
         method = method if method is not None or not place.method else read(place.method)
-        x0 = self.flat.read()
-        self._lending = Lending(optimizer, self.flat)
+        x0 = self.flat.held
+        self._others = OtherSteps(self.flat.tensors)
+        self._roster = Roster(model, self.flat.tensors) if self.flat.whole else None
+        self._lending = Lending(optimizer, self.flat, self._others)
         self._member = Member(_say)
         try:
             self.worker = enter(
@@ -110,6 +124,7 @@ class Replica:
             if place.servers:
                 terms = self.worker.terms
                 seed_streams(terms.seed, terms.worker, terms.step, self.team.rank)
+            self._memory: Tensor | None = None  # where gradients are put together, if they may be used up there
             self._life = 0  # of the worker, whose parameters the model holds
             self._shown = False  # whether the model holds the shipped parameters instead
             self._take()
@@ -118,6 +133,8 @@ class Replica:
             raise
         self._passes = 0
         self._member.joined(self.worker, self)
+        if me is not None:
+            _LIVE[me] = self
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -134,22 +151,60 @@ class Replica:
         """How many workers the run was launched with."""
         return self.worker.terms.workers
 
-    def step(self, loss: Tensor | float | None = None) -> None:
-        """Hand in the gradients that the parameters have, and go on from the next parameters, with gradients 0.
+    def step(self, loss: Loss | Closure | None = None, *, closure: Closure | None = None) -> Loss | None:
+        """Hand in the gradients that the parameters have, and go on from the next parameters, without gradients.
 
-        ``loss`` is only for the run's table and trace. Raises `Diverged` where the server refuses what is not finite.
+        ``loss`` is only for the run's table and trace. A ``closure``, given as such or in its place, clears the gradients,
+        computes the loss, calls ``backward()`` and returns the loss: the user's optimizer gets it, which may call it several
+        times (LBFGS); else it is called once. Returns its loss.
+
+        Weights that the script has set since the last step (a state that was loaded, clipping, pruning) are taken over by
+        methods whose workers step themselves. Raises ``RuntimeError`` where they cannot be, where another optimizer has
+        stepped them, and where the model has trainable parameters that were none when the replica was made; `Diverged` where
+        the server refuses what is not finite.
         """
-        self._member.check()
-        g, scale = self._gradient(), getattr(self, "grad_scale", None)
-        skip = float(getattr(self, "found_inf", 0.0)) > 0
-        if skip:
-            g.zero_()
-        elif scale is not None:
-            for part in [g] if g.numel() else [local(p.grad) for p in self.flat.parameters if p.grad is not None]:
-                part.div_(scale.to(part))
-        rule = self._lending.rule
-        if rule is not None:
-            rule.live.skip = skip
+        if callable(loss):
+            loss, closure = None, loss
+        lending, method = self._lending, self.worker.terms.method
+        if (stepped := self._check()) is not None and not lending.own_steps:
+            raise RuntimeError(stepped_beside(stepped, lending.optimizer, method))
+        skip, scale = float(getattr(self, "found_inf", 0.0)) > 0, getattr(self, "grad_scale", None)
+        if (rule := lending.direct) is not None:
+            if self.worker.request.free and not lending.own_steps:
+                self._notice()  # in the middle of a block the rule sees where the model is
+            if scale is not None and not skip:
+                self.flat.scale_gradients(scale)
+            if not skip:
+                taken = rule.take(closure)
+                loss = loss if closure is None else taken
+            g = IN_PLACE
+        else:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._notice()
+            g = self.flat.gradient(out=self._memory)
+            if skip:
+                g.zero_()
+            elif scale is not None:
+                g.div_(scale.to(g))
+        self._advance(g, loss)
+        return None if closure is None else loss
+
+    def exchange(self, loss: Loss | None = None) -> None:
+        """Go on from where the script's own steps have brought the model: what `step` does beside the step of the optimizer.
+
+        For two optimizers that take turns, or a step that is no ``optimizer.step()``. The replica is made with ``optimizer=``,
+        whose rate and state are what the method goes by. ``loss`` as for `step`. Raises ``RuntimeError`` as `step` does, and
+        for a method that needs the gradients.
+        """
+        self._check()
+        if self._lending.direct is None:
+            raise RuntimeError(no_own_steps(self.worker.terms.method, self._lending.rule is not None))
+        self._advance(IN_PLACE, loss)
+
+    def _advance(self, g: Tensor, loss: Loss | None) -> None:
+        """Hand the worker the gradient ``g`` [d], and take the next parameters."""
         number = float("nan") if loss is None else float(torch.as_tensor(loss).detach())
         with self._member.turn():
             self.worker.step(g, number)
@@ -162,10 +217,7 @@ class Replica:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, as an optimizer does; `step` has done so already."""
-        if self._direct:
-            self.flat.drop_grad()
-        else:
-            self.flat.zero_grad()
+        self.flat.zero_grad(set_to_none)
 
     def shard(self, loader: Iterable[T]) -> Iterator[T]:
         """One pass over ``loader``'s data, shared with all workers: each minibatch goes to the one who is free.
@@ -182,12 +234,17 @@ class Replica:
         return shard(self, loader)
 
     def leave(self, done: bool = True) -> None:
-        """Leave the run in good order; the model keeps what it holds. ``done`` says that this worker's work is: who is not done is
+        """Leave the run in good order, with the weights that the model has, and keeps. ``done`` says that this worker's work is: who is not done is
         waited for, as another process may go on in its place.
 
         A script that ends without having left leaves then, and is done where no error ended it and its loops have: its last pass
         over `shard` was not broken off, or it has made none and taken steps.
         """
+        if done and not self.worker.left:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # where the method cannot take its weights over, they are the script's own
+                self._notice()
         self._member.leave(done)
 
     def __enter__(self) -> Self:
@@ -199,30 +256,50 @@ class Replica:
         else:
             self._member.end(error)
 
-    @property
-    def _direct(self) -> bool:
-        """Whether gradients go from the model to the user's optimizer, and nowhere else."""
-        return self._lending.rule is not None and self._lending.rule.direct
+    def _check(self) -> Optimizer | None:
+        """Raise where a step cannot be taken; the optimizer that has stepped beside this replica, if one has."""
+        self._member.check()
+        if self._roster is not None:
+            self._roster.check()
+        return self._others.take()
 
-    def _gradient(self) -> Tensor:
-        """What the worker is given: the gradient [d], or nothing where the user's optimizer finds it in the model."""
-        if self._direct:
-            self.flat.complete()
-            return IN_PLACE
-        return self.flat.gradient() if self.worker.keeps and self._lending.rule is None else self.flat.gather()
+    def _notice(self) -> None:
+        """Take over what the script has written into the parameters. Raises ``RuntimeError`` where the method cannot."""
+        names = self.flat.touched()
+        if names:
+            held = self.flat.held
+            with self._member.turn():
+                could = self.worker.moved(self.flat.read(), None if self._shown else held)
+            if not could:
+                self.flat.held = held  # so that the next step says it again
+                raise RuntimeError(cannot_follow(names, self.worker.terms.method))
+
+    def _show(self) -> None:
+        """Put the parameters that would be shipped now into the model."""
+        self._notice()
+        self.flat.write(self.worker.master())
+        self._shown = True
 
     def _own(self) -> None:
         """Put the worker's parameters into the model, where it holds others."""
+        if self._shown and self._life == self.worker.life:
+            self._notice()
         if self._shown or self._life != self.worker.life:
             self._take()
 
     def _take(self) -> None:
-        room = self.worker.room() if self._life != self.worker.life else None
-        if room is not None and isinstance(self.flat, Flat):
-            self.flat.collect_in(room)
+        if self._life != self.worker.life and not self.worker.keeps:
+            room = self.worker.room()
+            self._memory = torch.empty_like(self.worker.x) if room is None else room
+        if self._lending.rule is not None:
+            self._lending.rule.follow(self.worker.node.state)
         self.flat.hold(self.worker.x)
         self.zero_grad()
         self._shown, self._life = False, self.worker.life
+
+
+_LIVE: weakref.WeakValueDictionary[tuple[tuple[str, ...], int | None], Replica] = weakref.WeakValueDictionary()
+"""The replica that is a worker of a run in this process, by the run's servers and the worker's number."""
 
 
 def enter(

@@ -88,6 +88,11 @@ class Alone(Exchange):
     def join(self) -> Terms:
         return Terms(0, self.method, 0, 1, 0, self.server.join(0), [])
 
+    def start(self, x: Tensor) -> Message:
+        """Begin the run anew at ``x`` [d]; the first reply."""
+        self.server = Server.start(self.method, x)
+        return self.server.join(0)
+
     def push(self, msg: Message, gradients: int, note: dict[str, Any]) -> None:
         self.answer = reply = self.server.visit(0, msg)[0] if finite(msg) else msg
         if not finite(reply):
@@ -416,6 +421,23 @@ class Driver(ABC):
     def step(self, g: Tensor, loss: float) -> None:
         """Take the gradient ``g`` [d] that was computed at `x`, and exchange if it is time to."""
 
+    def moved(self, x: Tensor, before: Tensor | None) -> bool:
+        """The script has set the model, which held ``before`` [d], to ``x`` [d]: go on from there; False where the method cannot.
+
+        Where others have moved this worker meanwhile, as visits do, it goes as far as the script has. ``before`` is None where
+        the model held something else than this worker's parameters: it goes to ``x`` then.
+        """
+        method, w = self.node.method, self.node.state
+        now = method.params(w)
+        if before is not None and now is not before and not torch.equal(now, before):
+            x = now + (x - before)
+        state = method.moved(w, x, self.request.free)
+        if state is None:
+            return False
+        self.node.state = state
+        self.request = self.request._replace(x=method.params(state))
+        return True
+
     @abstractmethod
     def more(self) -> list[int]:
         """Another minibatch; none where there are none left."""
@@ -462,11 +484,24 @@ class Worker(Driver):
         assert isinstance(method, ServerMethod)
         self.method = method
         self.keeps = not isinstance(method, GradientServer) or isinstance(self.exchange, Alone)
-        self.node = Node(terms.worker, method, method.init(terms.reply), terms.step, seed=terms.seed)
-        self.loop: Loop = loop(method, self.node)
-        self.request = self._gradient(next(self.loop))
+        self._set_out(terms.reply)
         self.tickets = deque(terms.tickets)
         self._used, self._losses, self._computes, self._owed = 0, [], [], 0
+
+    def _set_out(self, reply: Message) -> None:
+        """Go to the first gradient after ``reply``."""
+        terms = self.terms
+        self.node = Node(terms.worker, self.method, self.method.init(reply), terms.step, seed=terms.seed)
+        self.loop: Loop = loop(self.method, self.node)
+        self.request = self._gradient(next(self.loop))
+
+    def moved(self, x: Tensor, before: Tensor | None) -> bool:
+        if self.node.step:
+            return super().moved(x, before)
+        if not isinstance(self.exchange, Alone):
+            return False  # weights to start with are the run's, and others have got the server's already
+        self._set_out(self.exchange.start(x))
+        return True
 
     @staticmethod
     def _gradient(request: Any) -> Gradient:
