@@ -20,6 +20,7 @@ from test_peers import Run, runs  # noqa: F401
 from torch import Tensor
 
 import offbeat as ob
+from offbeat.cli.run import _ended
 from offbeat.runtime import host, journal, snapshot
 from offbeat.runtime.coordinator import Coordinator
 from offbeat.runtime.host import Terms
@@ -520,3 +521,76 @@ def test_a_log_that_cannot_be_written_does_not_matter(tmp_path: Path) -> None:
     run = ob.runtime.server.RunServer(terms(), TOKEN, tmp_path, ob.names.read, say)
     run.say("anything")
     run.close()
+
+
+# memory
+
+
+def peak(act: Callable[[], Any]) -> int:
+    """By how many bytes the memory of this process grows at most while it does ``act``."""
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not clear.exists():
+        pytest.skip("needs Linux's /proc")
+
+    def read(name: str) -> int:
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
+    clear.write_text("5")  # the peak is from now on
+    before = read("VmRSS")
+    act()
+    return read("VmHWM") - before
+
+
+def test_a_snapshot_is_in_memory_once(tmp_path: Path) -> None:
+    """It is written from where it lies, and read into the tensors that it becomes."""
+    content = {"x": [torch.ones(4_000_000) for _ in range(4)]}
+    size = 64_000_000
+    snapshot.write(tmp_path, 1, {"x": torch.ones(3)})  # whatever torch loads for that
+    assert peak(lambda: snapshot.write(tmp_path, 2, content)) < size / 4
+    read: list[Any] = []
+    assert peak(lambda: read.append(snapshot.read(tmp_path / f"{2:012d}.snapshot"))) < 1.25 * size
+    assert all(torch.equal(a, b) for a, b in zip(read[0]["x"], content["x"], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_of_shown_models_needs_one_more(tmp_path: Path, dtype: torch.dtype) -> None:
+    made = Coordinator(Terms(ob.methods.DPSGD()), TOKEN, tmp_path, ob.names.read, print)
+    made.shown = {k: torch.full((4_000_000,), 1.0 + k % 3, dtype=dtype) for k in range(6)}
+    found: list[Tensor] = []
+    grown = peak(lambda: found.append(made.x()))
+    assert torch.equal(found[0], torch.full((4_000_000,), 2.0, dtype=dtype))
+    assert grown < 40_000_000
+    made.close()
+
+
+# the end
+
+
+def test_a_visit_that_compiles_is_not_waited_for(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the run, nor by the process: Python's own end would abort it inside of the compiler."""
+    compiles, ends = threading.Event(), threading.Event()
+
+    def race(visits: Any) -> dict[str, float]:
+        compiles.set()
+        assert ends.wait(60)
+        return {}
+
+    monkeypatch.setattr("offbeat.runtime.server.LARGE", 11)
+    monkeypatch.setattr("offbeat.engines.kernel.Visits.race", race)
+    run = serve(terms())
+    worker = hire(run.place(0), PROBLEM)
+    assert compiles.wait(60)
+    step(worker, 2)
+    worker.leave(done=True)
+    run.join()
+    assert run.well
+    assert (run.folder / "model.pt").exists()
+    assert run.server.busy == ["the search for the fastest way of a visit"]
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    assert _ended(run.server, 3) == 3
+    assert left == [3]
+    ends.set()
+    until(lambda: not run.server.busy, "the end of the compiler")
+    assert _ended(run.server, 0) == 0
+    assert left == [3]

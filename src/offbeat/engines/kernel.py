@@ -43,7 +43,7 @@ Program = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 ALIGNED = 64
 """Bytes of a line of the cache, a register's size at most."""
 
-_free: defaultdict[int, deque[mmap.mmap]] = defaultdict(lambda: deque(maxlen=8))
+_free: defaultdict[int, deque[mmap.mmap]] = defaultdict(lambda: deque(maxlen=4))  # about as many as a visit makes
 
 
 def vector(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -136,13 +136,19 @@ class Kernel:
         return self._run(self._fused, *args, into=into)
 
     def warm(self, size: int, repeats: int = 3) -> dict[str, float]:
-        """Compile for vectors [size], race all ways, and take the fastest: the best seconds of each, eager first.
+        """Compile for vectors [size], race all ways, and take the fastest: the best seconds of each.
 
-        Raises whatever a compiler raises; calls go the fastest of the other ways then.
+        Large models are spared two things: eager, which makes a dozen vectors and is never the fastest for them, and arguments
+        that are all different, so that all ways read somewhat less than in a real call. Raises whatever a compiler raises;
+        calls go the fastest of the other ways then.
         """
-        inputs = [vector(size, t.dtype, t.device).fill_(1) if t.dim() else t for t in leaves(self.args)]
+        like = leaves(self.args)
+        large = size >= LARGE and any(t.is_cpu for t in like if t.dim())
+        keys = [(t.dtype, t.device) if large else k for k, t in enumerate(like)]
+        ones = {key: vector(size, t.dtype, t.device).fill_(1) for key, t in zip(keys, like, strict=True) if t.dim()}
+        inputs = [ones[key] if t.dim() else t for key, t in zip(keys, like, strict=True)]
         args = rebuild(self.args, inputs)
-        ways: dict[str, Callable[..., Any]] = {"eager": self.eager}
+        ways: dict[str, Callable[..., Any]] = {} if large else {"eager": self.eager}
         for block in BLOCKS:
             if block < size:
                 ways[f"in blocks of {block}"] = partial(self.blocked, block=block)

@@ -89,7 +89,11 @@ class Coordinator(Host):
         if not self.shown:
             assert self.start is not None
             return self.start
-        return torch.stack(list(self.shown.values())).mean(0)
+        first, *others = self.shown.values()
+        total = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
+        for x in others:  # one by one: all of them together would be so many models more
+            total += x
+        return total.div_(len(self.shown)).to(first.dtype)
 
     def _begin(self, x: Tensor) -> None:
         assert self.method is not None

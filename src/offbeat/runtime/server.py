@@ -124,6 +124,8 @@ class RunServer(Host):
                     self._used(session, note.get("used"))
                 return True
             if frame.header.kind == Kind.MASTER:
+                if session.point is not None:
+                    session.point = session.point.clone()  # which may lie where the answer comes
                 with self.lock:
                     x = self.x()
                 session.link.send(session.head._replace(kind=Kind.MASTER), self._model.pack(x))
@@ -210,11 +212,15 @@ class RunServer(Host):
         places = () if room is None else [t for t in leaves(session.reply.unpack(room)) if t.dim()]
         return () if any(t.data_ptr() % ALIGNED for t in places) else places
 
+    def _measures(self, session: Visitor) -> bool:
+        """Whether the next visit is measured: always for a small model, for a large one every tenth."""
+        return self.parameters <= 100_000 or not session.visits % 10
+
     def _measure(self, session: Visitor, message: Message) -> tuple[float, dict[str, float]]:
-        """The gap and the method's own figures: always for a small model, for a large one at every tenth visit."""
+        """The gap and the method's own figures, at a visit that is measured."""
         server = self.server
         assert server is not None
-        if self.parameters > 100_000 and session.visits % 10:
+        if not self._measures(session):
             return math.nan, {}
         figures = server.method.measure(server.state, server.own[session.worker], message)
         gap = math.nan
@@ -241,15 +247,16 @@ class RunServer(Host):
 
     def _answer(self, session: Visitor, version: int, reply: Message, tickets: list[int]) -> None:
         """Send a reply: outside of the lock, for a worker may be slow to take it."""
-        if isinstance(self.method, GradientServer):
-            session.point = self.method.params(self.method.init(reply))
+        payload = session.reply.pack(reply, session.link.room(session.reply.bytes))
+        if isinstance(self.method, GradientServer):  # as it lies in the payload, so that the reply's own memory is free
+            measured = self._measures(session)
+            session.point = self.method.params(self.method.init(session.reply.unpack(payload))) if measured else None
         assert isinstance(self.method, ServerMethod)
         if type(self.method).length is ServerMethod.length:
             session.length = self.method.period
         elif self.terms.shard[1] == 1:  # else the first server's word counts
             session.length = self.method.length(self.method.init(_first(reply)))
         head = session.head._replace(step=self.steps.get(session.worker, 0), version=version)
-        payload = session.reply.pack(reply, session.link.room(session.reply.bytes))
         session.link.send(head, payload, {"tickets": tickets})
 
     def _content(self) -> dict[str, Any]:
