@@ -330,6 +330,7 @@ def test_statistics_that_the_module_freezes_stay():
     assert p._live.module.norm.running_mean.eq(0.5).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*changes its buffers calls, inner")
 def test_other_buffers_do_not_leak_either():
     class Counting(nn.Module):
         def __init__(self) -> None:
