@@ -129,7 +129,9 @@ class UserRule(Rule):
         return state._replace(resets=state.resets + 1, loaded=())
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        """Those of the model in the optimizer's order; also what was frozen since, so that messages keep their length."""
+        ours = set(self.flat.tensors)
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p in ours]
 
     def _entry(self, p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         value = dict(_buffers(p, self.optimizer.state.get(p, {}))).get(name)
@@ -155,8 +157,9 @@ class UserRule(Rule):
         """
         if self.live.names is None:
             found: dict[str, torch.dtype] = {}
+            ours = set(self.flat.tensors)
             for group in self.optimizer.param_groups:
-                for p in group["params"]:
+                for p in filter(ours.__contains__, group["params"]):
                     state = self.optimizer.state.get(p) or _first_state(self.optimizer, group, p)
                     for name, value in _buffers(p, state):
                         found.setdefault(name, value.dtype)
@@ -212,7 +215,7 @@ def borrowed(w: Any) -> Borrowed:
 def lent(method: Method, optimizer: Any, flat: Parameters, steps: OtherSteps) -> tuple[Method, UserRule]:
     """``method`` with ``optimizer`` in the place of its rule. Raises ``ValueError`` where it has none."""
     ours = set(flat.tensors)
-    theirs = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    theirs = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad or p in ours}
     if ours != theirs:
         raise ValueError(
             f"the optimizer has {len(theirs)} trainable parameters, of which {len(ours & theirs)} are the model's "
