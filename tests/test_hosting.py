@@ -552,6 +552,23 @@ def test_a_snapshot_is_in_memory_once(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(read[0]["x"], content["x"], strict=True))
 
 
+def test_a_snapshot_is_as_large_as_the_state_without_workers(serve: Serve) -> None:
+    """However many there are: a resume takes them for dead, so it would only drop what the server keeps for them."""
+    run = serve(terms(method=ob.methods.DanaZero(lr=0.01), workers=3))
+    workers = [hire(run.place(k), PROBLEM) for k in range(3)]
+    for worker in workers:
+        step(worker, 2)
+    assert run.server.save()
+    content = snapshot.newest(run.folder / "snapshots", print)[1]  # type: ignore[index]
+    assert content["there"] == [0, 1, 2]
+    assert sum(t.numel() for t in content["state"] if t.dim()) == 2 * PROBLEM.d
+    assert sum(w["gradients"] for w in run.server.status()["workers"]) == 6
+    assert content["state"][0].equal(run.x())
+    for worker in workers:
+        worker.leave(done=True)
+    run.join()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_mean_of_shown_models_needs_one_more(tmp_path: Path, dtype: torch.dtype) -> None:
     made = Coordinator(Terms(ob.methods.DPSGD()), TOKEN, tmp_path, ob.names.read, print)

@@ -237,7 +237,7 @@ def test_a_signal_at_the_launcher(processes: Processes, number: signal.Signals) 
     found = snapshot.newest(run.folder / "snapshots", print)
     assert found
     assert sum(found[1]["steps"].values()) == done
-    assert found[1]["own"] == {}
+    assert found[1]["there"] == []
     run.resume()
     assert len(run.ends()) == 240
     assert f"at {done} gradients; lost since then: 0 gradients" in run.log("server-0")

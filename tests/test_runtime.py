@@ -918,7 +918,7 @@ def test_a_resumed_run_replays(serve: Serve, tmp_path: Path, cls: type[ob.Server
     trace = again.trace()
     assert len(trace) > before
     assert same(replay(trace, cls(), PROBLEM).x, again.x())
-    assert [i.what for i in trace.incidents].count("crashed") == len(kept[1]["own"])
+    assert [i.what for i in trace.incidents].count("crashed") == len(kept[1]["there"])
     assert same(load(again.folder), again.x())
 
 

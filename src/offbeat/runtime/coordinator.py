@@ -390,8 +390,9 @@ class Coordinator(Host):
         self._news()
         self.changed.notify_all()
 
-    def _content(self) -> dict[str, Any]:
-        return {"version": 0, "x": self.x(), "round": self.step}
+    def _content(self) -> Callable[[], dict[str, Any]]:
+        content = {"version": 0, "x": self.x(), "round": self.step}
+        return lambda: content
 
     def _restore(self, method: Any, content: dict[str, Any]) -> list[int]:
         self._begin(content["x"])

@@ -220,8 +220,8 @@ class Host(ABC):
         """A worker is no longer seated; under the lock."""
 
     @abstractmethod
-    def _content(self) -> dict[str, Any]:
-        """What a snapshot holds of the model; under the lock."""
+    def _content(self) -> Callable[[], dict[str, Any]]:
+        """What makes what a snapshot holds of the model as it is now; found under the lock, called outside of it."""
 
     @abstractmethod
     def _restore(self, method: Any, content: dict[str, Any]) -> list[int]:
@@ -717,8 +717,10 @@ class Host(ABC):
             with self.lock:
                 if not self.running or not self.journal.flush():
                     return False
-                content = self._snapshot()
+                content, model = self._snapshot(), self._content()
                 number = self.snapshots + 1
+            content |= model()
+            del model  # and the states that are not in it
             try:
                 self.journal.sync()  # else a power cut could leave a trace that ends before that place
                 snapshot.write(self.folder / "snapshots", number, content)
@@ -730,7 +732,7 @@ class Host(ABC):
             return True
 
     def _snapshot(self) -> dict[str, Any]:
-        """What a snapshot holds; under the lock."""
+        """What a snapshot holds beside the model; under the lock."""
         return {
             "method": repr(self.method),
             "problem": self.problem,
@@ -746,7 +748,6 @@ class Host(ABC):
             "tickets": [self.tickets.next, self.tickets.done],
             "returned": [*self.tickets.returned, *(t for s in self.sessions.values() for t in s.held)],
             "trace": self.journal.place,
-            **self._content(),
         }
 
     def resume(self, anew: bool = False) -> bool:

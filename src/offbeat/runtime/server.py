@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -259,28 +259,29 @@ class RunServer(Host):
         head = session.head._replace(step=self.steps.get(session.worker, 0), version=version)
         session.link.send(head, payload, {"tickets": tickets})
 
-    def _content(self) -> dict[str, Any]:
-        server = self.server
-        assert server is not None
-        return {
-            "version": server.version,
-            "state": leaves(server.state),
-            "own": {worker: leaves(own) for worker, own in server.own.items()},
-            "clock": dict(server.clock),
-        }
+    def _content(self) -> Callable[[], dict[str, Any]]:
+        assert self.server is not None
+        method, version, state, there = (
+            self.server.method,
+            self.server.version,
+            self.server.state,
+            dict(self.server.own),
+        )
+
+        def content() -> dict[str, Any]:
+            """The state without the workers, whom a resume takes for dead: so it is as large as with none of them."""
+            rest = state
+            for own in there.values():
+                rest = method.leave(rest, own)
+            return {"version": version, "state": leaves(rest), "there": list(there)}
+
+        return content
 
     def _restore(self, method: ServerMethod, content: dict[str, Any]) -> list[int]:
-        like = method.init_server(torch.zeros(self.parameters, dtype=self.dtype))
-        _, own, _ = method.admit(like)
+        like = method.init_server(torch.zeros(3, dtype=self.dtype))  # its structure
         server = Server(method, rebuild(like, content["state"]), content["version"])
-        server.own = {worker: rebuild(own, parts) for worker, parts in content["own"].items()}
-        server.clock = dict(content["clock"])
-        server.seen, server.sent = (dict.fromkeys(server.own, server.version) for _ in range(2))
-        there = list(server.own)
-        for worker in there:
-            server.leave(worker)
         self._serve_with(server, torch.zeros(self.parameters, dtype=self.dtype))
-        return there
+        return list(content["there"])
 
 
 def _first(message: Message) -> Message:
