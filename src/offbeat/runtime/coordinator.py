@@ -219,7 +219,7 @@ class Coordinator(Host):
             session.link.hang_up()  # whose thread sees it
 
     def _serve(self, session: Attendance) -> bool:
-        kinds = Kind.BEGIN, Kind.REDUCE, Kind.STEP, Kind.MEET, Kind.ORPHAN, Kind.ENTER, Kind.LEAVE
+        kinds = Kind.BEGIN, Kind.REDUCE, Kind.STEP, Kind.MEET, Kind.ORPHAN, Kind.ENTER, Kind.LEAVE, Kind.SHARED
         due = dict.fromkeys(kinds, 0)
         due[Kind.MODEL] = self._model.bytes
         while True:
@@ -229,6 +229,9 @@ class Coordinator(Host):
                 raise Corrupt(
                     f"life {header.incarnation} of worker {header.worker} speaks on another one's link: refused"
                 )
+            if header.kind == Kind.SHARED:
+                self.kept.take(session.link, note)
+                continue
             if header.kind == Kind.LEAVE:
                 with self.lock:
                     if "diverged" in note:
@@ -239,7 +242,7 @@ class Coordinator(Host):
                         return True
                     self._finish(session)
                 self.save()  # who has finished does not come again, should the coordinator have to
-                due = {kind: due[kind] for kind in (Kind.MODEL, Kind.LEAVE)}
+                due = {kind: due[kind] for kind in (Kind.MODEL, Kind.LEAVE, Kind.SHARED)}
                 continue
             answer = self._hear(session, frame, note)
             if answer is not None:

@@ -35,6 +35,7 @@ from .journal import Journal, Unwritten, beyond, whole
 from .leases import Tickets
 from .link import Link, LinkLost, accept, listen
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
+from .shared_state import Kept, Told
 from .streams import IN_A_ROW, Twins, sample
 
 Parse = Callable[[str], Any]
@@ -157,6 +158,7 @@ class Host(ABC):
         self.method = terms.method
         self.problem = ""
         self.layout: layout.Layout = []
+        self.kept = Kept()
         self.dtype = torch.float32
         self.parameters = 0
         self.sessions: dict[int, Any] = {}
@@ -329,6 +331,8 @@ class Host(ABC):
     def _keep(self, watch: Callable[[], None]) -> bool:
         """Write the last snapshot and the model, and try again for a while where that cannot be; whether they are written."""
         saved, trouble = False, Unwritten("the model", self.folder, self.say)
+        if self.kept.large:
+            self.say("the model is written without its frozen parameters and buffers, which are too large to be sent")
         self.ending = "the model is written"
         began = time.monotonic()
         while True:
@@ -370,7 +374,7 @@ class Host(ABC):
         if not sizes or sum(sizes) != x.numel():  # no module's, or one of several parts
             return {"x": x}
         parts = zip(self.layout, torch.split(x, sizes), strict=True)
-        return {name: part.view(shape).clone() for (name, shape), part in parts}
+        return self.kept.state_dict({name: part.view(shape).clone() for (name, shape), part in parts})
 
     @property
     def seconds(self) -> float:
@@ -487,6 +491,7 @@ class Host(ABC):
                     with self.lock:
                         self._agree(hello.header, note)
                         worker = self._number(note)
+                        brings = self._share(note)
                         self.coming[worker] = note.get("process")
                         self.incarnation += 1
                         head = Header(Kind.REPLY, DTYPES.index(self.dtype), worker, self.incarnation)
@@ -504,6 +509,7 @@ class Host(ABC):
                         "timeout": self.terms.timeout,
                         **way,
                     }
+                    self._exchange(link, head, note, brings)
                     link.send(head._replace(kind=Kind.WELCOME), None, {**terms, "model": first})
                     session.link.meet()
                     if first:
@@ -512,6 +518,7 @@ class Host(ABC):
                 finally:
                     if not self.running:  # whoever comes next is the first
                         self.method, self.parameters, self.problem, self.layout = self.terms.method, 0, "", []
+                        self.kept = Kept()
             return self._seat(session, note)
         finally:
             if worker >= 0:
@@ -581,6 +588,22 @@ class Host(ABC):
         if not self.parameters:
             self.parameters, self.dtype, self.layout = parameters, dtype, theirs
             self.problem = str(note.get("problem") or "")
+
+    def _share(self, note: dict[str, Any]) -> bool:
+        """Whether the worker is the first to tell of frozen parameters and buffers, which must be the same everywhere."""
+        try:
+            return self.kept.agree(Told.read(note.get("state")))
+        except ValueError as error:
+            raise Refused(str(error)) from None
+
+    def _exchange(self, link: Link, head: Header, note: dict[str, Any], first: bool) -> None:
+        """Take frozen parameters and buffers from the first worker, and bring another one what it has otherwise."""
+        try:
+            self.kept.meet(link, head, Told.read(note.get("state")), first)
+        except Corrupt:
+            raise
+        except ValueError as error:
+            raise Refused(str(error)) from None
 
     def _number(self, note: dict[str, Any]) -> int:
         """The number that a worker gets: the one that the launcher has named or that it had before, if it is still free."""
@@ -722,6 +745,7 @@ class Host(ABC):
             content |= model()
             del model  # and the states that are not in it
             try:
+                self.kept.write(self.folder / "snapshots")
                 self.journal.sync()  # else a power cut could leave a trace that ends before that place
                 snapshot.write(self.folder / "snapshots", number, content)
             except OSError as error:
@@ -737,6 +761,7 @@ class Host(ABC):
             "method": repr(self.method),
             "problem": self.problem,
             "layout": [tuple(entry) for entry in self.layout],
+            "buffers": dict(self.kept.changed),
             "parameters": self.parameters,
             "dtype": DTYPES.index(self.dtype),
             "shard": list(self.terms.shard),
@@ -771,6 +796,8 @@ class Host(ABC):
             raise ValueError(f"{path} is of {said}, a method of another kind: name it with --method")
         self.method, self.problem, self.layout = method, content["problem"], layout.read(content["layout"])
         self.parameters, self.dtype = content["parameters"], DTYPES[content["dtype"]]
+        self.kept = Kept.read(self.folder / "snapshots", self.say)
+        self.kept.changed = dict(content["buffers"])
         there = self._restore(method, content)
         self.incarnation, self.steps = content["incarnation"] + 1_000_000, dict(content["steps"])
         self.lives = dict(content["lives"])

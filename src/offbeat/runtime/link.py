@@ -20,7 +20,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -189,6 +189,23 @@ class Link:
             if seal != header.checksum:
                 raise Corrupt(f"{self.name} sent {header.length} bytes that do not meet their checksum")
             return Frame(header, note, payload)
+
+    def send_aside(self, header: Header, note: Any, parts: Iterable[Tensor]) -> None:
+        """Send a frame without a payload, and after it ``parts``, ``uint8 Tensor[n]`` each, over the socket itself: they need no room
+        on the payloads' way. The other end takes them with `recv_aside`. Raises `LinkLost`."""
+        text = json.dumps(note).encode()
+        with self.sending:
+            self._write(header._replace(note=len(text)).pack() + text)
+            for part in parts:
+                if len(part):
+                    self._write(view(part))
+
+    def recv_aside(self, length: int) -> Tensor:
+        """The next ``length`` bytes of what `send_aside` has sent, ``uint8 Tensor[length]``. Raises `LinkLost`."""
+        data = torch.empty(length, dtype=torch.uint8)
+        if length:
+            self._read_into(view(data))
+        return data
 
     def waiting(self, seconds: float) -> bool:
         """Whether something comes within ``seconds``, the end of the connection included."""

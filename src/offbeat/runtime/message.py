@@ -56,6 +56,7 @@ class Kind(IntEnum):
     ORPHAN = 20  # a newcomer says that who was to give it a state has gone
     ENTER = 21  # a newcomer asks in, from a round on
     SHARE = 22  # a member's part of an average
+    SHARED = 23  # frozen parameters and buffers: which, as a note
 
 
 HOST = torch.device("cpu")

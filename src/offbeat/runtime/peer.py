@@ -33,6 +33,7 @@ from .circle import Circle, joint
 from .link import Frame, Link, LinkLost, accept, dial, listen, look_out, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .place import Place
+from .shared_state import Shared, greeted
 from .team import Team
 from .way import offered, taken
 from .worker import Driver, Parse, Taken, Terms, TurnedAway
@@ -136,10 +137,11 @@ class Peer(Driver):
         lend: Callable[[Method], Method] = lambda method: method,
         stopped: Callable[[], bool] = lambda: False,
         team: Team | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        """``lend`` puts this worker's own optimizer into the run's method."""
+        """``shared`` is what the model has beside its parameters. ``lend`` puts this worker's own optimizer into the run's method."""
         super().__init__(say)
-        self.lend, self.team = lend, team or Team()
+        self.lend, self.team, self.shared = lend, team or Team(), shared
         self.fresh: list[int] = []  # minibatches that the coordinator has given, and other ranks do not know of
         self.ahead = 1  # how many rounds ahead all ranks ask to begin, as others go on meanwhile
         self.place, self.x0, self.hello, self.parse = place, x0, hello, parse
@@ -268,8 +270,7 @@ class Peer(Driver):
         }
         about |= {"parameters": self.x0.numel(), "address": f"{host}:{port}", "machine": machine()}
         about["shard"] = (self.team.rank, self.team.size)
-        link.send(head, None, self.hello | about)
-        frame = link.recv({Kind.WELCOME: 0, Kind.REFUSED: 0}, "its welcome")
+        frame = greeted(link, head, self.hello | about, self.shared)
         if frame.header.kind == Kind.REFUSED:
             why = f"the coordinator at {address} refuses this worker: {frame.note['why']}"
             raise Taken(why, frame.note["timeout"]) if frame.note["what"] == "taken" else ValueError(why)
@@ -1203,6 +1204,8 @@ class Peer(Driver):
         """Say that this one goes, with all that it has done."""
         if not done:
             self._used = 0  # somebody else will use what this one has begun
+        if self.shared is not None:
+            self.shared.leave(self.link, self.head)
         note: dict[str, Any] = {"done": done}
         self.used, self._used = self.used + self._used, 0
         if not self.losses:

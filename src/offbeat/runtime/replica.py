@@ -26,6 +26,8 @@ from .parameters import Parameters
 from .passes import shard
 from .peer import Peer, Solitary
 from .place import Place
+from .shared_state import Shared
+from .statistics import Statistics
 from .streams import seed_streams
 from .team import Team, Together
 from .worker import Alone, Driver, Parse, Remote, Worker
@@ -48,8 +50,8 @@ class Replica:
     Joins the run that ``offbeat launch`` (or ``OFFBEAT_SERVER``) describes; started by itself, the script is a run of one
     worker. From then on ``model`` holds the parameters at which the run wants this worker's next gradient.
 
-    ``model`` is any module with trainable parameters of one dtype and device; move and cast it before. Its buffers
-    (running statistics) stay this worker's own. ``method`` may be any; None: the launcher names it. A broken link
+    ``model`` is any module with trainable parameters of one dtype and device; move and cast it before. Its frozen parameters and
+    buffers are made those of the first worker; buffers that change in training (running statistics) are this worker's own from then on. ``method`` may be any; None: the launcher names it. A broken link
     is dialled again for up to ``OFFBEAT_PATIENCE`` seconds. SIGTERM makes the worker finish its step, leave in good order
     and exit; see `offbeat.runtime.exit` for what happens where no step comes, and `leave` for the end of a script. A handler
     for SIGTERM that the script has set before stays in place, and nothing else is done.
@@ -80,11 +82,13 @@ class Replica:
         optimizer: Optimizer | None = None,
         group: ProcessGroup | None = None,
         place: Place | None = None,
+        buffers: str = "shared",
     ) -> None:
         """``optimizer`` takes the local steps in the place of the method's rule: one of ``torch.optim``, or an object of your own
         with ``param_groups``, ``state`` and ``step``. ``group`` are the ranks that together are
         this worker, with the model in `DistributedDataParallel` or after ``fully_shard``. ``place`` is where the run is
-        (None: what the environment says).
+        (None: what the environment says). ``buffers`` are "shared": those that the first worker has when it joins go to all, and running
+        statistics of batch norm are taken anew after a pass; or this worker's "own", which are left alone.
         """
         from ..names import read  # which knows everybody, so not at import
 
@@ -95,6 +99,8 @@ class Replica:
                 "the model is in DistributedDataParallel: name the process group of its ranks, as in group=dist.group.WORLD, "
                 "if they are to be one worker; if each is to be one, give and train the module inside"
             )
+        if buffers not in ("shared", "own"):
+            raise ValueError(f'buffers = {buffers!r}: must be "shared" or "own"')
         place = place or Place.read(launchers=group is None)
         if place.method and method is not None and repr(read(place.method)) != repr(method):
             raise ValueError(
@@ -116,12 +122,24 @@ class Replica:
         self._others = OtherSteps(self.flat.tensors)
         self._roster = Roster(model, self.flat.tensors) if self.flat.whole else None
         self._lending = Lending(optimizer, self.flat, self._others)
+        self._statistics = Statistics(model, _say) if buffers == "shared" else None
+        shared = Shared(model, buffers == "shared", self.team.whole) if place.servers else None
         self._member = Member(_say)
         try:
             self.worker = enter(
-                place, x0, method, {"layout": layout_of(model)}, read, _say, self._member.told, self._lending, self.team
+                place,
+                x0,
+                method,
+                {"layout": layout_of(model)},
+                read,
+                _say,
+                self._member.told,
+                self._lending,
+                self.team,
+                shared,
             )
-            if place.servers:
+            if shared is not None:
+                shared.joined(self.team)
                 terms = self.worker.terms
                 seed_streams(terms.seed, terms.worker, terms.step, self.team.rank)
             self._memory: Tensor | None = None  # where gradients are put together, if they may be used up there
@@ -246,6 +264,8 @@ class Replica:
             ):  # where the method cannot take its weights over, they are the script's own
                 self._notice()
         self._member.leave(done)
+        if self._statistics is not None:
+            self._statistics.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -275,10 +295,14 @@ class Replica:
                 raise RuntimeError(cannot_follow(names, self.worker.terms.method))
 
     def _show(self) -> None:
-        """Put the parameters that would be shipped now into the model."""
+        """Put the parameters that would be shipped now into the model, and running statistics that fit."""
         self._notice()
-        self.flat.write(self.worker.master())
+        x = self.worker.master()
+        moved = self.team.any(not torch.equal(x, self.worker.x))
+        self.flat.write(x)
         self._shown = True
+        if moved and self._statistics is not None:
+            self._statistics.take(lambda count: -self.team.highest(-count))
 
     def _own(self) -> None:
         """Put the worker's parameters into the model, where it holds others."""
@@ -312,6 +336,7 @@ def enter(
     stopped: Callable[[], bool] = lambda: False,
     lend: Callable[[Method], Method] = lambda method: method,
     team: Team | None = None,
+    shared: Shared | None = None,
 ) -> Driver:
     """Join the run at ``place`` with a model at ``x0`` [d], or be one alone where there is none."""
     if not place.servers:
@@ -338,18 +363,19 @@ def enter(
             )
         place = replace(place, servers=(place.servers[team.rank],))
     place.host()
+    mine = None if team.rank and team.whole else shared  # the other ranks get what the first one has
     hello = {**hello, "method": "" if method is None else repr(method)}
     if method is None or isinstance(method, ServerMethod):
         if method is not None:
             lend(method)  # which says why not, before anybody is dialled
         shard = (team.rank, team.size) if team.size > 1 else None
-        remote = Remote(place, x0[team.part(len(x0))], hello, parse, shard)
+        remote = Remote(place, x0[team.part(len(x0))], hello, parse, shard, mine)
         remote.stopped, remote.say = stopped, say
         if team.size > 1:
             return Worker(Together(remote, team, len(x0)), say, lend)
         with contextlib.suppress(OtherKind):  # it names a method whose workers are peers
             return Worker(remote, say, lend)
-    return Peer(place, x0, hello, parse, say, lend, stopped, team)
+    return Peer(place, x0, hello, parse, say, lend, stopped, team, mine)
 
 
 def _say(text: str) -> None:

@@ -112,7 +112,7 @@ class RunServer(Host):
     def _serve(self, session: Visitor) -> bool:
         """Serve a worker until it leaves; True where it says so itself."""
         self._answer(session, *session.outbox.get(), list(session.held))
-        due = {Kind.PUSH: session.push.bytes, Kind.LEAVE: 0, Kind.MASTER: 0, Kind.HELLO: 0}
+        due = {Kind.PUSH: session.push.bytes, Kind.LEAVE: 0, Kind.MASTER: 0, Kind.HELLO: 0, Kind.SHARED: 0}
         while True:
             frame = session.link.recv(due, "its next message", lent=due)
             self._check(session, frame.header)
@@ -123,6 +123,9 @@ class RunServer(Host):
                         self.finished.add(session.worker)
                     self._used(session, note.get("used"))
                 return True
+            if frame.header.kind == Kind.SHARED:
+                self.kept.take(session.link, note)
+                continue
             if frame.header.kind == Kind.MASTER:
                 if session.point is not None:
                     session.point = session.point.clone()  # which may lie where the answer comes

@@ -29,6 +29,7 @@ from .link import Frame, Link, LinkLost, dial, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .place import Place
 from .server import forms
+from .shared_state import Shared, greeted
 from .way import taken
 
 Parse = Callable[[str], Any]
@@ -163,9 +164,16 @@ class Remote(Exchange):
     """The server over links: one for each of its shards. Dials until somebody answers, or patience ends."""
 
     def __init__(
-        self, place: Place, x0: Tensor, hello: dict[str, Any], parse: Parse, shard: tuple[int, int] | None = None
+        self,
+        place: Place,
+        x0: Tensor,
+        hello: dict[str, Any],
+        parse: Parse,
+        shard: tuple[int, int] | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        """``shard`` is set where ``x0`` is itself one part of the model, of how many, for one server."""
+        """``shard`` is set where ``x0`` is itself one part of the model, of how many, for one server; ``shared`` is what the model has
+        beside, for the first server to compare."""
         if x0.dtype not in DTYPES:
             raise ValueError(f"the model is of {x0.dtype}: a real run takes {', '.join(map(str, DTYPES))}")
         self.place, self.x0, self.hello, self.parse = place, x0, hello, parse
@@ -174,7 +182,7 @@ class Remote(Exchange):
         self.shards: list[_Shard] = []
         self.stopped: Callable[[], bool] = lambda: False  # whether to give up dialling
         self.say: Callable[[str], None] = lambda text: None
-        self.want, self.pushed = 1, 0
+        self.want, self.pushed, self.shared = 1, 0, shared
         self.oracle = False  # whether the worker keeps nothing of a reply when the next one comes
         self.beat = 1.0
         self.beating = threading.Event()
@@ -244,8 +252,8 @@ class Remote(Exchange):
         about = {"worker": self.worker, "parameters": part.stop - part.start, "shard": shard, "want": self.want}
         about |= {"named": self.named or shard[0] > 0, "process": self.process}  # the first server's number is for all
         try:
-            link.send(head, None, self.hello | about | {"machine": machine()})
-            frame = link.recv({Kind.WELCOME: 0, Kind.REFUSED: 0}, "its welcome")
+            shared = self.shared if shard[0] == 0 or self.shard else None
+            frame = greeted(link, head, self.hello | about | {"machine": machine()}, shared)
             if frame.header.kind == Kind.REFUSED:
                 why = frame.note["why"]
                 if frame.note["what"] == "kind":
@@ -324,8 +332,10 @@ class Remote(Exchange):
         return shard.push.unpack(room) if fits else None
 
     def leave(self, note: dict[str, Any]) -> None:
-        for shard in self.shards:
+        for k, shard in enumerate(self.shards):
             with contextlib.suppress(LinkLost):
+                if self.shared is not None and not k:
+                    self.shared.leave(shard.link, shard.head)
                 shard.link.send(shard.head._replace(kind=Kind.LEAVE), None, note)
         self._hang_up()
         self.beating.clear()
