@@ -185,8 +185,25 @@ def test_a_model_that_cannot_be_written_is_told(
     run.join()
     worker.leave(done=False)
     assert not run.well
-    assert count(run, "the model could not be written within 0.2 s: make room, and resume the run") == 1
+    assert count(run, "the model could not be written for", "make room, and resume the run") == 1
     disk.full = False
+
+
+def test_a_second_signal_ends_what_cannot_be_written(serve: Serve, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes with the first, as a launcher and a scheduler both send it, does not."""
+    monkeypatch.setattr(host, "SOON", 60.0)
+    run = serve(terms())
+    worker = hire(run.place(0), PROBLEM)
+    step(worker)
+    disk.full = True
+    run.server.stop()
+    run.server.stop()
+    until(lambda: disk.refused > 1, "attempts")
+    assert run.thread.is_alive()
+    monkeypatch.setattr(host, "ONCE", 0.0)
+    run.stop()
+    worker.leave(done=False)
+    assert not run.well
 
 
 def test_a_run_goes_on_after_a_full_disk(serve: Serve, disk: Disk) -> None:

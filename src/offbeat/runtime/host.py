@@ -44,8 +44,10 @@ Parse = Callable[[str], Any]
 TRANSPORTS = ("auto", "shared", "gloo", "tcp")
 AGAIN = 5.0
 """Seconds until a snapshot that could not be written is tried again, at most."""
-LAST, SOON = 120.0, 5.0
-"""Seconds for which the model is tried to be written when the run is over, and when the host was told to stop."""
+LAST, SOON = 120.0, 60.0
+"""Seconds for which the model is tried to be written when the run is over, and when the host was told to stop (twice: no more)."""
+ONCE = 1.0
+"""Seconds within which several signals are one: a scheduler sends one to all processes of a job, and their launcher passes it on."""
 EVALUATED = 600.0
 """Seconds that the last evaluation may take."""
 STRANGERS = 128
@@ -176,7 +178,8 @@ class Host(ABC):
         self.began = time.monotonic()
         self.last = 0.0  # seconds at the last gradient
         self.stopping = threading.Event()
-        self.told = False  # to stop
+        self.told = self.hurried = False  # to stop, and once more
+        self.asked = math.inf  # when
         self.failure = ""  # what has gone wrong in this process, so that the run cannot go on here
         self.ending = ""  # what is waited for when the run is over
         self.threads: list[threading.Thread] = []  # one for each worker, and others
@@ -301,8 +304,12 @@ class Host(ABC):
         return len(self.finished) >= self.terms.workers
 
     def stop(self) -> None:
-        """End as soon as possible, with a snapshot. A signal's handler may call it: it takes no lock, as an event would."""
-        self.told = True
+        """End as soon as possible, with a snapshot; called again later, without one that cannot be written. A signal's handler may
+        call it: it takes no lock, as an event would."""
+        now = time.monotonic()
+        if not self.told:
+            self.asked = now
+        self.told, self.hurried = True, self.hurried or now - self.asked > ONCE
 
     def close(self, watch: Callable[[], None] = lambda: None, evaluator: Evaluator | None = None) -> bool:
         """Hang up, write a last snapshot and the model, and evaluate it; whether all is written."""
@@ -345,9 +352,10 @@ class Host(ABC):
             except OSError as error:
                 trouble.failed(error)
             patience = SOON if self.told else LAST
-            if time.monotonic() - began > patience:
+            if self.hurried or time.monotonic() - began > patience:
                 what = "a last snapshot" if trouble.why is None else "the model"
-                self.say(f"{what} could not be written within {patience:g} s: make room, and resume the run")
+                late = time.monotonic() - began
+                self.say(f"{what} could not be written for {late:.1f} s: make room, and resume the run")
                 return False
             watch()
             time.sleep(min(1.0, patience / 10))
