@@ -317,7 +317,9 @@ def message(rng: Random, target: Target) -> None:
         case _:  # numbers that are none, and any note
             g[rng.randrange(PROBLEM.d)] = rng.choice([float("nan"), float("inf"), -float("inf")])
             payload = FORM.pack(g)
-            text = json.dumps({rng.choice(["losses", "compute", "waited", "used", "want"]): anything(rng)}).encode()
+            text = json.dumps(
+                {rng.choice(["losses", "compute", "waited", "used", "failed", "back", "want"]): anything(rng)}
+            ).encode()
             frame = forged(**good | {"checksum": checksum(payload), "note": len(text)})
             frame += text + payload.numpy().tobytes()
             what = "diverged"
@@ -391,7 +393,8 @@ def test_odd_notes_do_not_hurt_a_good_message(serve: Serve) -> None:
             1,
             {"losses": [float(loss)], "want": 1, "used": 1}
             | {  # type: ignore[attr-defined]
-                rng.choice(["losses", "compute", "waited", "used", "want"]): anything(rng) for _ in range(2)
+                rng.choice(["losses", "compute", "waited", "used", "failed", "back", "want"]): anything(rng)
+                for _ in range(2)
             }
             | {"want": 1},
         )

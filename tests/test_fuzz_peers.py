@@ -58,8 +58,7 @@ class Target:
     def live(self, driver: Driver) -> None:
         self.peers[driver.terms.worker] = driver
         while not (self.over.is_set() and driver.free):
-            driver.ticket()
-            driver.use()
+            driver.use(driver.draw())
             g, loss = PROBLEM.grad(driver.x, driver.terms.worker, driver.node.step)
             time.sleep(0.002)
             driver.step(g, float(loss))

@@ -377,7 +377,7 @@ def test_evaluations_stop_neither_snapshots_nor_signals(serve: Serve) -> None:
     worker = hire(run.place(0), PROBLEM)
     run.server.problem = "Hard()"
     step(worker, 3)
-    worker.use()
+    worker.use(worker.draw())
     step(worker, 1)
     assert hard.begun.wait(60)
     before = run.server.snapshots

@@ -122,8 +122,8 @@ class Across(Run):
             assert steps == list(range(len(steps)))
         found = snapshot.newest(self.folder / "snapshots", print)
         assert found
-        assert found[1]["tickets"] == [self.gradients, self.gradients]
-        assert found[1]["returned"] == []
+        (one,) = found[1]["leases"]["passes"]
+        assert (found[1]["leases"]["done"], one["next"], one["returned"]) == (self.gradients, self.gradients, [])
         calm = [
             ob.simulate(self.method, PROBLEM, ob.Cluster(workers), gradients=self.gradients).figures["loss"]
             for workers in (1, 3)

@@ -66,8 +66,9 @@ def whole(run: Run, gradients: int, status: int = 0) -> ob.Trace:
     found = snapshot.newest(run.folder / "snapshots", print)
     assert found
     done = gradients if status == 0 else len(trace)
-    assert len(trace) == sum(found[1]["steps"].values()) == found[1]["tickets"][1] == done
-    assert found[1]["tickets"][0] - len(found[1]["returned"]) == done
+    assert len(trace) == sum(found[1]["steps"].values()) == found[1]["leases"]["done"] == done
+    (one,) = found[1]["leases"]["passes"]
+    assert one["next"] - len(one["returned"]) == done
     return trace
 
 

@@ -157,8 +157,8 @@ def some(count: int, done: bool = False) -> Callable[[Driver], None]:
 
     def act(driver: Driver) -> None:
         taken = 0
-        while (taken < count or not driver.free) and driver.ticket() is not None:
-            driver.use()
+        while (taken < count or not driver.free) and (lease := driver.draw()) is not None:
+            driver.use(lease)
             g, loss = PROBLEM.grad(driver.x, driver.terms.worker, driver.node.step)
             time.sleep(0 if done else 0.005)
             driver.step(g, float(loss))
@@ -173,8 +173,7 @@ def dies(count: int) -> Callable[[Driver], None]:
 
     def act(driver: Any) -> None:
         for _ in range(count):
-            driver.ticket()
-            driver.use()
+            driver.use(driver.draw())
             g, loss = PROBLEM.grad(driver.x, driver.terms.worker, driver.node.step)
             time.sleep(0.005)
             driver.step(g, float(loss))
@@ -185,7 +184,7 @@ def dies(count: int) -> Callable[[Driver], None]:
 
 def late(act: Callable[[Driver], None], gradients: int, run: Run, worker: int) -> None:
     """``worker`` comes once so many gradients are done."""
-    until(lambda: run.errors or run.host.tickets.done >= gradients, f"{gradients} gradients")
+    until(lambda: run.errors or run.host.leases.done >= gradients, f"{gradients} gradients")
     run.start(worker, act)
 
 
@@ -234,7 +233,7 @@ def test_peers_come_leave_and_die(cls: type[ob.Method], runs: Callable[..., Run]
     assert (3, "crashed") in what
     assert what.count((2, "joined")) == 2, run.said
     assert (4, "joined") in what
-    assert run.host.tickets.done == 300
+    assert run.host.leases.done == 300
     assert torch.isfinite(x).all()
     assert PROBLEM.evaluate(x)["loss"] < PROBLEM.evaluate(PROBLEM.x0())["loss"]
 
@@ -310,18 +309,18 @@ def test_a_coordinator_starts_again_from_its_snapshot(runs: Callable[..., Run], 
     for i in range(2):
         run.start(i, lambda driver: train(driver, PROBLEM, ob.Fixed(0.004)))
     time.sleep(1.2)
-    done, port = run.host.tickets.done, run.host.port
+    done, port = run.host.leases.done, run.host.port
     assert done > 0
     run.host.stop()
     run.threads[0].join(10)
     again = Coordinator(run.terms, TOKEN, run.folder, read, run.said.append, port=port)
     assert again.resume()
-    assert again.tickets.done > 0
+    assert again.leases.done > 0
     run.host = again
     run.threads[0] = threading.Thread(target=again.run, daemon=True)
     run.threads[0].start()
     x, _ = run.end()
-    assert again.tickets.done == 400
+    assert again.leases.done == 400
     assert PROBLEM.evaluate(x)["loss"] < PROBLEM.evaluate(PROBLEM.x0())["loss"]
     assert any("resumed from" in text for text in run.said)
 

@@ -46,7 +46,7 @@ class Incident(NamedTuple):
 
     seconds: float
     worker: int
-    what: str  # joined, left, crashed, diverged
+    what: str  # joined, left, crashed, diverged, set aside (minibatches of which no gradient was finite)
     lost: int = 0  # gradients that it was at, or was bringing: somebody else takes them
     undone: int = 0  # gradients that were taken, and whose effect nobody else had yet
 

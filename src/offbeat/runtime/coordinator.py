@@ -26,6 +26,7 @@ from ..core.periodic import PeriodicMethod
 from ..trace import Deeds
 from . import snapshot
 from .host import Diverging, Host, OtherKind, Parse, Refused, Session, Terms
+from .leases import leases_in
 from .link import Frame, Link, LinkLost, machine
 from .message import Corrupt, Header, Kind, finite
 from .room import Average, Room, Seat
@@ -52,6 +53,10 @@ class Attendance(Session):
     round: int = 0  # with which it wants to begin
     asked: tuple[float, int] = (-math.inf, 0)  # when it last went on, and at which round
     entered: bool = False  # whether it has asked in
+
+    @property
+    def begun(self) -> int:
+        return max(1, self.end - (self.step or 0))
 
     def mind(self, well: bool, what: str) -> None:
         """`Corrupt` where what the peer does is not its turn."""
@@ -182,6 +187,7 @@ class Coordinator(Host):
     def _finish(self, session: Attendance) -> None:
         """A peer's loop has ended: it takes part in nothing more, but others may still talk to it, until all have ended."""
         session.done = True
+        self.leases.part(session.worker)
         self.finished.add(session.worker)
         self._without(session)
         self._news()
@@ -235,7 +241,9 @@ class Coordinator(Host):
             if header.kind == Kind.LEAVE:
                 with self.lock:
                     if "diverged" in note:
-                        self.say(self._diverged(session, header.step, str(note["diverged"])[:200]))
+                        brought = leases_in(note.get("brought"))
+                        self._failed(session, brought)
+                        self.say(self._diverged(session, header.step, str(note["diverged"])[:200], brought))
                         return False
                     self._report(session, note)
                     if session.done or not note.get("done"):
@@ -262,7 +270,7 @@ class Coordinator(Host):
                 session.mind(session.step is not None or session.done, "shows a model")
                 x = self._model.unpack(frame.payload)
                 if not finite(x):
-                    raise Diverging(self._diverged(session, header.step, "its model is not finite"))
+                    raise Diverging(self._diverged(session, header.step, "its model is not finite", []))
                 self.shown[session.worker] = x
             elif header.kind == Kind.MEET:
                 average = session.average
@@ -294,7 +302,7 @@ class Coordinator(Host):
         assert session.seat is not None
         if note.get("more"):
             session.mind(session.step is not None, "wants minibatches")
-            return {"tickets": self._hand(session, note)}
+            return self._hand(session, note)
         new, step = session.worker not in room.seats, _round(note)
         if session.step is not None:
             turn = range(session.end, session.step + 1)
@@ -306,7 +314,7 @@ class Coordinator(Host):
         moment = MOMENT if note.get("want") == 0 and self.terms.shard[1] == 1 else 0.0  # else it asks anyway
         session.step, session.end = step, self._end(session, step, moment)
         self.step = max(self.step, step)
-        tickets = self._hand(session, note)
+        leases = self._hand(session, note)
         if session in self.founders:  # it was to begin anew, and has got a state from one who has gone since
             self.founders.remove(session)
             room.found([session.seat], step)
@@ -326,7 +334,7 @@ class Coordinator(Host):
         show, session.show = session.show, False
         members = room.views.at(session.end - 1)  # which closes all rounds of the block to newcomers
         news = {"welcome": _lives(newcomers), "show": show}
-        return {"tickets": tickets, "members": members, "end": session.end, **news}
+        return {**leases, "members": members, "end": session.end, **news}
 
     def _end(self, session: Attendance, step: int, moment: float) -> int:
         """Up to which round a peer that begins round ``step`` goes on without asking: its block, and as many more as fit into
@@ -358,7 +366,7 @@ class Coordinator(Host):
             session.step += len(losses)
             self._record(session, self.steps.get(session.worker, 0), len(losses), note, _bytes(note), {})
         else:
-            self._used(session, note.get("used"))
+            self._used(session, note)
 
     def _average(self, session: Attendance, note: dict[str, Any]) -> dict[str, Any]:
         """Wait for all who live to ask for an average, and not for those who have it; under the lock."""

@@ -35,7 +35,7 @@ class Evaluator:
 
     def look(self) -> None:
         """Begin an evaluation if it is time to."""
-        done = self.host.tickets.done
+        done = self.host.leases.done
         if self.every and done >= self.due and not self.busy:
             self.due = (done // self.every + 1) * self.every
             self.begin()

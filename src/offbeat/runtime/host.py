@@ -32,7 +32,7 @@ from ..trace import Evaluation, Event, Incident, Note
 from . import layout, snapshot
 from .evaluation import Evaluator
 from .journal import Journal, Unwritten, beyond, whole
-from .leases import Tickets
+from .leases import Lease, Leases, leases_in, remedy
 from .link import Link, LinkLost, accept, listen
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .shared_state import Kept, Told
@@ -122,7 +122,6 @@ class Session:
     process: Any  # what tells the worker's process from all others
     link: Link
     head: Header
-    held: deque[int] = field(default_factory=deque)  # tickets that it has and has not used
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     moments: deque[tuple[float, int]] = field(
         default_factory=lambda: deque(maxlen=50)
@@ -130,6 +129,11 @@ class Session:
     lag: int = 0
     gap: float = math.nan
     life: int = 1  # how many lives of this worker there were, with this one
+
+    @property
+    def begun(self) -> int:
+        """How many gradients it may have begun and not delivered; others of its minibatches are only loaded ahead."""
+        return 1
 
 
 class Host(ABC):
@@ -166,7 +170,7 @@ class Host(ABC):
         self.sessions: dict[int, Any] = {}
         self.other: OtherKind | None = None
         self.steps: dict[int, int] = {}  # gradients of each worker so far, all its lives together
-        self.tickets = Tickets(terms.gradients)
+        self.leases = Leases(terms.gradients)
         self.incarnation = 0
         self.refused = 0
         self.twins = Twins()
@@ -299,7 +303,7 @@ class Host(ABC):
         """Whether all minibatches are done, or all workers have ended their loops, and everybody has left."""
         if self.sessions or not self.running:
             return False
-        if self.terms.gradients is not None and self.tickets.done >= self.terms.gradients:
+        if self.terms.gradients is not None and self.leases.done >= self.terms.gradients:
             return True
         return len(self.finished) >= self.terms.workers
 
@@ -546,6 +550,7 @@ class Host(ABC):
                 self._gone(old, False)
             self.sessions[worker] = session
             session.life = self.lives[worker] = self.lives.get(worker, 0) + 1
+            self.leases.join(worker)
             self._join(session, note)
             self._note(Incident(self.seconds, worker, "joined"))
         self.say(f"worker {worker} has joined over {session.link.transport}")
@@ -666,17 +671,32 @@ class Host(ABC):
             "versions": {"offbeat": __version__, "torch": torch.__version__, "python": platform.python_version()},
         }
 
-    def _hand(self, session: Session, note: dict[str, Any]) -> list[int]:
-        want = note.get("want", 1)
-        taken = self.tickets.take(want if isinstance(want, int) and 0 <= want <= 10_000 else 1)
-        session.held.extend(taken)
-        return taken
+    def _hand(self, session: Session, note: dict[str, Any]) -> dict[str, Any]:
+        """What a worker says of its minibatches, and the answer; they are the first server's. Under the lock."""
+        if self.terms.shard[0]:
+            return {"leases": []}
+        try:
+            answer = self.leases.hear(session.worker, note)
+        except ValueError as error:
+            raise Corrupt(f"worker {session.worker} speaks of {error}") from None
+        if "refused" in answer:
+            self._refuse(f"worker {session.worker}: {answer['refused']}")
+        return answer
 
-    def _used(self, session: Session, count: Any) -> None:
-        """The worker has used so many of the minibatches that it was given first."""
-        for _ in range(min(count if isinstance(count, int) else 0, len(session.held))):
-            session.held.popleft()
-            self.tickets.done += 1
+    def _used(self, session: Session, note: dict[str, Any]) -> None:
+        """The worker has used minibatches, and others had a gradient that is not finite; under the lock."""
+        used = leases_in(note.get("used"))
+        if self.terms.shard[0]:
+            self.leases.done += len(used)
+        else:
+            self.leases.use(session.worker, used)
+            self._failed(session, leases_in(note.get("failed")))
+
+    def _failed(self, session: Session, leases: list[Lease]) -> None:
+        """A gradient of minibatches was not finite: those for which it is the second time are set aside; under the lock."""
+        if aside := self.leases.fail(session.worker, leases):
+            self._note(Incident(self.seconds, session.worker, "set aside", len(aside)))
+            self.say(f"set aside, as twice its gradient was not finite: {', '.join(map(str, aside))}")
 
     def _record(
         self,
@@ -710,7 +730,7 @@ class Host(ABC):
             )
             self.journal.add(event)
         self.steps[session.worker] = step + count
-        self._used(session, note.get("used"))
+        self._used(session, note)
         session.losses.extend(loss for loss in losses if math.isfinite(loss))
         session.moments.append((now, self.steps[session.worker]))
 
@@ -732,9 +752,8 @@ class Host(ABC):
         if self.sessions.get(session.worker) is not session:
             return
         del self.sessions[session.worker]
-        self.tickets.returned.extend(session.held)
-        lost = 0 if orderly else len(session.held)
-        session.held.clear()
+        returned = self.leases.part(session.worker)
+        lost = 0 if orderly else min(returned, session.begun)
         self._note(Incident(self.seconds, session.worker, "left" if orderly else "crashed", lost))
         self._part(session, orderly)
         self.say(f"worker {session.worker} has left" if orderly else f"worker {session.worker} is lost")
@@ -778,8 +797,7 @@ class Host(ABC):
             "steps": dict(self.steps),
             "lives": dict(self.lives),
             "finished": sorted(self.finished),
-            "tickets": [self.tickets.next, self.tickets.done],
-            "returned": [*self.tickets.returned, *(t for s in self.sessions.values() for t in s.held)],
+            "leases": self.leases.state(),
             "trace": self.journal.place,
         }
 
@@ -810,8 +828,7 @@ class Host(ABC):
         self.incarnation, self.steps = content["incarnation"] + 1_000_000, dict(content["steps"])
         self.lives = dict(content["lives"])
         self.finished = set() if anew else set(content["finished"])
-        self.tickets.next, self.tickets.done = content["tickets"]
-        self.tickets.returned.extend(content["returned"])
+        self.leases.load(content["leases"])
         self.began = time.monotonic() - content["seconds"]
         self.snapshots = int(path.stem)
         lost, seconds = self._open(content["trace"])
@@ -869,10 +886,10 @@ class Host(ABC):
                 note = {"why": why, "what": what, "timeout": self.terms.timeout}
                 link.send(Header(Kind.REFUSED), None, note)
 
-    def _diverged(self, session: Session, step: int, what: str) -> str:
+    def _diverged(self, session: Session, step: int, what: str, leases: list[Lease]) -> str:
         with self.lock:
             self._note(Incident(self.seconds, session.worker, "diverged"))
-        return f"worker {session.worker}, step {step}: {what}; lower the learning rate or lengthen the warm-up"
+        return f"worker {session.worker}, step {step}: {what}; {remedy(leases)}"
 
 
 def _hang_up(sock: socket.socket) -> None:

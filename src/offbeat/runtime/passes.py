@@ -1,97 +1,419 @@
-"""How a pass over a loader's data is shared among all workers: `Replica.shard`."""
+"""How a training loop's passes over its data are shared among all workers: `Replica.shard`.
+
+A worker lists the order of a pass from a seed, as all others do, and draws leases, which are indices into it. Loaders go on
+making minibatches in their own way: only their batch sampler is another one, which gives the minibatches of the leases.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from ..core.seeds import derive
+from .leases import COUNTED, Key, Lease, Opening
+from .orders import GeneratorStates, Order, digest, kept
 from .team import Team
-from .worker import Driver
 
 if TYPE_CHECKING:
     from .replica import Replica
 
 T = TypeVar("T")
 
-
-def shard(replica: Replica, loader: Iterable[T]) -> Iterator[T]:
-    """The minibatches of ``loader`` that fall to this worker: see `Replica.shard`."""
-    number, replica._passes = replica._passes, replica._passes + 1
-    replica._member.check()
-    replica._member.unfinished = True
-    replica._own()
-    deal: _Deal | None = None
-    batches: Iterable[T]
-    if (
-        isinstance(loader, DataLoader)
-        and not isinstance(loader.dataset, IterableDataset)
-        and loader.batch_sampler is not None
-    ):
-        deal = _Deal(loader, replica.worker, number, replica.team)
-        batches = _dealt(loader, deal, replica._member.patient(loader.worker_init_fn))
-    else:
-        n = replica.worker.terms.workers * replica.team.size
-        i = (replica.id * replica.team.size + replica.team.rank) % n
-        batches = (item for k, item in enumerate(loader) if k % n == i)
-    for batch in batches:
-        replica._own()  # the link may have been mended while the minibatch was asked for
-        if deal and deal.lives.popleft() != replica.worker.life:
-            continue  # loaded ahead, and given to somebody else since
-        replica.worker.use()
-        yield batch
-    with replica._member.turn():
-        replica._show()
-    replica._member.unfinished = False
+# what can be shared
 
 
-class _Deal(Sampler[list[int]]):
-    """The minibatches of a pass that this worker draws, as indices of the data set."""
+class Items:
+    """A sequence, or a data set of which any item can be had: item i is minibatch i, and each rank of a group gets its own."""
 
-    def __init__(self, loader: DataLoader[Any], worker: Driver, number: int, team: Team) -> None:
-        self.loader, self.worker, self.number, self.team = loader, worker, number, team
-        self.orders: dict[int, list[list[int]]] = {}
-        self.lives: deque[int] = deque()  # of the worker, when it drew each minibatch that is still being loaded
+    kind = "sequence"
 
-    def __iter__(self) -> Iterator[list[int]]:
-        size = len(self.loader)
-        while (ticket := self.worker.ticket(before=(self.number + 1) * size)) is not None:
-            self.lives.append(self.worker.life)
-            yield self._order(ticket // size)[ticket % size][self.team.rank :: self.team.size]
+    def __init__(self, data: Any, team: Team) -> None:
+        self.data, self.team = data, team
+        self.length = len(data) // team.size
+        if len(data) and not self.length:
+            raise ValueError(f"shard: the {type(data).__name__} has {len(data)} items, and there are {team.size} ranks")
 
-    def _order(self, number: int) -> list[list[int]]:
-        """All minibatches of pass ``number``, the same at all workers."""
-        if number not in self.orders:
-            seed = derive(self.worker.terms.seed, number)
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed those of GPUs, too
-                batches = self.loader.batch_sampler
-                for part in (self.loader, self.loader.sampler, batches, getattr(batches, "sampler", None)):
-                    generator = getattr(part, "generator", None)
-                    if isinstance(generator, torch.Generator):
-                        generator.manual_seed(seed)
-                self.orders[number] = [list(batch) for batch in self.loader.batch_sampler or ()]
-        return self.orders[number]
+    def order(self, key: Key, seed: int) -> Order:
+        size = self.team.size
+        return Order(lambda: ([i * size + self.team.rank] for i in range(self.length)), seed, [])
+
+    def digest(self, order: Order) -> str:
+        with order.streams():
+            return f"{self.kind} {digest(self.data[0]) if self.length else ''}"
+
+    def feed(self, part: Part) -> Iterator[Any]:
+        return (self.data[i] for (i,) in part) if self.length else iter(())
 
 
-def _dealt(loader: DataLoader[T], deal: _Deal, init: Callable[[int], None]) -> DataLoader[T]:
-    """``loader`` with the minibatches that this worker draws; ``init`` is called in each of its processes."""
-    if isinstance(loader.sampler, DistributedSampler):
-        raise ValueError("the loader has a DistributedSampler: give one without, `shard` does its work")
-    if not len(loader):
-        raise ValueError(f"the loader has no minibatch ({len(loader.dataset)} examples): choose a smaller batch")  # type: ignore[arg-type]
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=deal,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=init,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-    )
+class Batches:
+    """A `DataLoader`, whose minibatches are dealt out as its own samplers make them."""
+
+    kind = "loader"
+
+    def __init__(
+        self, loader: DataLoader[Any], replica: Replica, clones: weakref.WeakKeyDictionary[Any, tuple[Any, Deal]]
+    ) -> None:
+        self.loader, self.team, self.clones, self.member = loader, replica.team, clones, replica._member
+        self.batched = loader.batch_sampler is not None
+        samplers: tuple[Any, Any] = loader.sampler, loader.batch_sampler
+        self.sampler = samplers[self.batched]
+        self.owners = [loader, *_samplers(loader.sampler), *_samplers(loader.batch_sampler)]
+        if any(isinstance(owner, DistributedSampler) for owner in self.owners):
+            raise ValueError("the loader has a DistributedSampler: give one without, `shard` does its work")
+        self.length: int | None = None
+        with suppress(TypeError, NotImplementedError):  # of a sampler that has none
+            self.length = len(self.sampler) // (1 if self.batched else self.team.size)
+        if self.length == 0:
+            examples = len(loader.dataset)  # type: ignore[arg-type]
+            raise ValueError(f"the loader has no minibatch ({examples} examples): choose a smaller batch")
+
+    def order(self, key: Key, seed: int) -> Order:
+        return Order(self._listed, seed, self.owners)
+
+    def _listed(self) -> Iterator[list[Any]]:
+        if self.batched:
+            return (list(batch) for batch in self.sampler)
+        size, indices = self.team.size, iter(self.sampler)
+        groups = iter(lambda: list(islice(indices, size)), [])
+        return (group[self.team.rank : self.team.rank + 1] for group in groups if len(group) == size)
+
+    def digest(self, order: Order) -> str:
+        data = self.loader.dataset
+        about = type(data).__qualname__, len(data) if isinstance(data, Sized) else None, self.batched
+        return f"{self.kind} {order.digest()} {digest(about)}"
+
+    def feed(self, part: Part) -> Iterator[Any]:
+        found = self.clones.get(self.loader)
+        if found is None:
+            deal = Deal(self.sampler)
+            found = self.clones[self.loader] = self._with(self.loader, deal), deal
+        clone, deal = found
+        rank, size = self.team.rank, self.team.size
+        deal.part = iter(indices[rank::size] if self.batched else indices[0] for indices in part)
+        return iter(clone)
+
+    def _with(self, loader: Any, deal: Deal) -> Any:
+        """A loader like the user's own, subclass and all, with another sampler."""
+        clone = object.__new__(type(loader))
+        own = vars(clone)
+        own.update(vars(loader))
+        inside = [name for name, value in own.items() if isinstance(value, DataLoader)]
+        for name in inside:  # it is an adapter, as accelerate's are
+            own[name] = self._with(own[name], deal)
+        if not inside:
+            own["batch_sampler" if self.batched else "sampler"] = deal
+            own["worker_init_fn"] = self.member.patient(loader.worker_init_fn)
+            own["_iterator"] = None
+        return clone
+
+
+class Deal(Sampler[Any]):
+    """In the place of a loader's batch sampler: it gives the minibatches of one worker's part of a pass."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self.part: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.part
+
+    def __len__(self) -> int:
+        return len(self.original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["original"], name)
+
+
+def _samplers(sampler: Any) -> list[Any]:
+    """A sampler and those inside of it."""
+    found, todo = list[Any](), [sampler]
+    while todo:
+        one = todo.pop()
+        if not isinstance(one, type) and hasattr(one, "__dict__") and not any(one is other for other in found):
+            found.append(one)
+            todo += [v for name, v in vars(one).items() if isinstance(v, Sampler) or "sampler" in name.lower()]
+    return found
+
+
+class Stream:
+    """Anything else that can be gone over: worker i of n takes items i, i + n, ... of it."""
+
+    kind = "stream"
+
+    def __init__(self, items: Iterable[Any], team: Team) -> None:
+        self.items, self.team = items, team
+        for name, value in getattr(items, "__dict__", {}).items():
+            if isinstance(value, DataLoader) and not isinstance(items, DataLoader):
+                raise ValueError(
+                    f"shard: the loader is inside of a {type(items).__name__} (its {name}), where its minibatches cannot be dealt "
+                    "out: shard the loader itself; what goes around it goes around the shard, as in tqdm(replica.shard(loader))"
+                )
+
+    def deal(self, number: int, count: int, streams: GeneratorStates) -> Iterator[tuple[bool, Any]]:
+        """All items, and whether they are the ``number``-th worker's of ``count``."""
+        with streams():
+            items = iter(self.items)
+        for k in range(sys.maxsize):
+            try:
+                with streams():
+                    item = next(items)
+            except StopIteration:
+                return
+            yield k % count == number, item
+
+
+# a worker's passes
+
+
+class Passes:
+    """The passes of one replica."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = weakref.ref(replica)  # which leaves its run when the script has dropped it
+        self.counted = 0  # passes that were begun, but for those of an epoch
+        self.epoch, self.begun = -1, 0  # the last epoch, and how many passes of it were begun
+        self.now: int | None = None  # the epoch that `epochs` is at
+        self.clones: weakref.WeakKeyDictionary[Any, tuple[Any, Deal]] = weakref.WeakKeyDictionary()
+        self.parts: list[Part] = []  # of passes that are not at their end, the last one inside of the others
+        self.told = set[str]()  # what kinds of things were said
+
+    @property
+    def replica(self) -> Replica:
+        replica = self._replica()
+        assert replica is not None
+        return replica
+
+    def shard(self, data: Iterable[T], epoch: int | None) -> Shard[T]:
+        if isinstance(data, Shard):
+            raise ValueError("shard: this is sharded already: give the loader itself")
+        if epoch is not None and (type(epoch) is not int or epoch < 0):
+            raise ValueError(f"shard: epoch = {epoch!r}: it must be a whole number from 0 on")
+        return Shard(self, data, epoch)
+
+    def epochs(self, count: int) -> Iterator[int]:
+        first = int(self.ask({"epoch": True})["epoch"])
+        if first:
+            self.say("epoch", f"the run is at epoch {first}, and this worker begins there")
+        try:
+            for self.now in range(first, count):
+                yield self.now
+        finally:
+            self.now = None
+
+    def key(self, epoch: int | None) -> Key:
+        """A new pass begins: its series and number."""
+        epoch = self.now if epoch is None else epoch
+        if epoch is None:
+            self.counted += 1
+            return COUNTED, self.counted - 1
+        if epoch != self.epoch:
+            self.epoch, self.begun = epoch, 0
+        self.begun += 1
+        return self.begun - 1, epoch
+
+    def source(self, data: Any) -> Items | Batches | Stream:
+        """How ``data`` can be shared."""
+        team = self.replica.team
+        if isinstance(data, DataLoader):
+            stream = isinstance(data.dataset, IterableDataset)
+            return Stream(data, team) if stream else Batches(data, self.replica, self.clones)
+        sized = hasattr(type(data), "__len__") and hasattr(type(data), "__getitem__")
+        return Items(data, team) if sized and not isinstance(data, Mapping | IterableDataset) else Stream(data, team)
+
+    def say(self, what: str, text: str) -> None:
+        """Say something once of its kind."""
+        if what not in self.told:
+            self.told.add(what)
+            self.replica.worker.say(text)
+
+    def ask(self, note: dict[str, Any]) -> dict[str, Any]:
+        """A word about minibatches, and the answer; ``ValueError`` where it is a refusal."""
+        with self.replica._member.turn():
+            answer = self.replica.worker.more(note)
+        if "refused" in answer:
+            raise ValueError(answer["refused"])
+        return answer
+
+    def go(self, replica: Replica, source: Items | Batches | Stream, key: Key) -> Iterator[Any]:
+        """This worker's minibatches of a pass; ``replica`` stays until their end."""
+        member = replica._member
+        member.check()
+        member.unfinished = True
+        replica._own()
+        yield from self._turns(source, key) if isinstance(source, Stream) else self._leased(source, key)
+        with member.turn():
+            replica._show()
+        member.unfinished = bool(self.parts)  # it may have been inside of another one
+
+    def _leased(self, source: Items | Batches, key: Key) -> Iterator[Any]:
+        worker, part, whole = self.replica.worker, Part(self, source, key), False
+        self.parts.append(part)
+        try:
+            for batch in source.feed(part):
+                self.replica._own()  # the link may have been mended while the minibatch was asked for
+                if part.begin():
+                    yield batch
+            part.rest()
+            whole = True
+        finally:
+            self.parts.remove(part)
+            worker.close(part.opening, whole)
+            worker.back.extend(lease for life, lease, _ in part.drawn if life == worker.life)
+
+    def _turns(self, source: Stream, key: Key) -> Iterator[Any]:
+        replica, team = self.replica, self.replica.team
+        kind = type(source.items).__name__
+        self.say(
+            kind,
+            f"shard: this {kind} is dealt out by turns, item by item: a worker that is started again begins it anew, and what a "
+            "worker had that died is not given to others; a DataLoader whose data set has a length is dealt out better",
+        )
+        count = replica.worker.terms.workers * team.size
+        number = (replica.id * team.size + team.rank) % count
+        streams, first = GeneratorStates(derive(replica.worker.terms.seed, *key), []), True
+        for mine, item in source.deal(number, count, streams):
+            if first:
+                first, opening = False, Opening(*key, None, f"{source.kind} {digest(item)}")
+                self.ask({"open": opening, "want": 0})
+            if mine:
+                replica._own()
+                yield item
+
+
+class Part:
+    """One worker's part of one pass: what it draws, until it is used."""
+
+    def __init__(self, passes: Passes, source: Items | Batches, key: Key) -> None:
+        self.passes, self.source, self.worker = passes, source, passes.replica.worker
+        self.order = self._order(key)
+        self.opening = Opening(*key, source.length, source.digest(self.order))
+        self.other: tuple[Key, Order | None] = (key, self.order)  # the last pass of which something was drawn
+        self.ranks = (
+            1 if isinstance(source, Batches) and source.batched else passes.replica.team.size
+        )  # that share an index
+        self.fed = self.own = False  # whether it has had something, and takes nothing of other passes
+        self.drawn: deque[tuple[int, Lease, list[Any]]] = deque()  # and not begun, and in which life of the worker
+
+    def _order(self, key: Key) -> Order:
+        return self.source.order(key, derive(self.worker.terms.seed, *key))
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        while (drawn := self._draw()) is not None:
+            lease, indices = drawn
+            if len(indices) * self.ranks < self.passes.replica.team.size:  # not one example for each rank
+                self.worker.use(lease)
+                continue
+            self.drawn.append((self.worker.life, lease, indices))
+            yield indices
+
+    def begin(self) -> bool:
+        """A minibatch has been loaded; whether it is to be used, which it is not if another worker has got it meanwhile."""
+        if not self.drawn:
+            if not self.fed:
+                kind = type(self.source.loader).__name__ if isinstance(self.source, Batches) else "loader"
+                raise ValueError(
+                    f"shard: the {kind} gives minibatches without drawing them from its batch_sampler, so that they cannot be "
+                    "dealt out: shard a DataLoader that makes its iterator when it is gone over"
+                )
+            return True  # it gives several for each that it draws
+        life, lease, indices = self.drawn.popleft()
+        if life != self.worker.life:
+            return False
+        self.worker.use(lease, indices)
+        return True
+
+    def rest(self) -> None:
+        """All is loaded: what a loader has drawn and not given, such as what it filters out, is used as well."""
+        while self.drawn:
+            self.begin()
+
+    def _draw(self) -> tuple[Lease, list[Any]] | None:
+        worker, team = self.worker, self.passes.replica.team
+        if (last := self.passes.parts[-1]) is not self:
+            raise ValueError(
+                f"shard: a minibatch is drawn from pass {self.opening.number} while pass {last.opening.number}, which was begun "
+                "later, is not at its end, as in zip(shard(a), shard(b)); their minibatches would not come to the same workers: "
+                "put the data sets together (torch.utils.data.StackDataset) and shard one loader; to evaluate on some minibatches "
+                "in the middle of a pass, use the plain loader"
+            )
+        end, pause = time.monotonic() + WAIT, 0.02
+        while True:
+            lease = worker.draw(self.opening, self.fed, self.own)
+            if lease is None:
+                if not (worker.wait and worker.free_to_wait) or team.any(
+                    time.monotonic() > end or self.passes.replica._member.told()
+                ):
+                    break
+                said = "has nothing left for this worker, which waits for others to begin the next"
+                self.passes.say("wait", f"shard: pass {self.opening.number} {said}")
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
+                continue
+            if (indices := self._look_up(lease)) is not None:
+                self.fed = True
+                return lease, indices
+            worker.back.append(lease)
+        if not self.fed and not worker.left:
+            self.passes.say(
+                "nothing",
+                f"shard: of pass {self.opening.number} nothing is left for this worker, and its loop's body does not run; "
+                "`for epoch in replica.epochs(n)` begins where the run is",
+            )
+        return None
+
+    def _look_up(self, lease: Lease) -> list[Any] | None:
+        """The indices of a minibatch; None where there is none, or not in this order."""
+        if lease.key != self.opening.key:
+            if self.other[0] != lease.key:
+                with kept(self.source.owners if isinstance(self.source, Batches) else []):
+                    order = self._order(lease.key)
+                    self.other = lease.key, order if self.source.digest(order) == self.worker.order else None
+            if self.other[1] is None:
+                self.own = True
+                return None
+            if not self.fed:
+                self.passes.say(
+                    "late",
+                    f"shard: pass {self.opening.number} was over before this worker came to it, and its loop gets one minibatch "
+                    f"of pass {lease.number}; `for epoch in replica.epochs(n)` begins where the run is",
+                )
+            return self.other[1][lease.place]
+        try:
+            return self.order[lease.place]
+        except IndexError:
+            assert self.order.length is not None
+            self.passes.ask({"open": self.opening, "want": 0, "end": self.order.length})
+            return None
+
+
+WAIT = 60.0
+"""Seconds for which a worker that has had nothing of a pass waits for others to go on to the next."""
+
+
+class Shard(Generic[T]):
+    """A loader's minibatches as they fall to this worker: see `Replica.shard`. Going over it is one pass, and once more the next.
+
+    Its length is that of the whole pass, of which this worker gets a part. Other attributes are the loader's.
+    """
+
+    def __init__(self, passes: Passes, data: Iterable[T], epoch: int | None) -> None:
+        self._passes, self._data, self._epoch = passes, data, epoch
+        self._replica = passes.replica  # which stays as long as this does
+        self._source = passes.source(data)
+
+    def __iter__(self) -> Iterator[T]:
+        return self._passes.go(self._replica, self._source, self._passes.key(self._epoch))
+
+    def __len__(self) -> int:
+        return len(self._data)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_data"], name)

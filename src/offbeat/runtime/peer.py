@@ -30,6 +30,7 @@ from ..core.tree import apart, leaves, rebuild
 from ..failure import Diverged
 from ..trace import Trace
 from .circle import Circle, joint
+from .leases import Lease, Leases, leases_in, remedy
 from .link import Frame, Link, LinkLost, accept, dial, listen, look_out, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .place import Place
@@ -142,7 +143,7 @@ class Peer(Driver):
         """``shared`` is what the model has beside its parameters. ``lend`` puts this worker's own optimizer into the run's method."""
         super().__init__(say)
         self.lend, self.team, self.shared = lend, team or Team(), shared
-        self.fresh: list[int] = []  # minibatches that the coordinator has given, and other ranks do not know of
+        self.fresh: list[Lease] = []  # minibatches that the coordinator has given, and other ranks do not know of
         self.ahead = 1  # how many rounds ahead all ranks ask to begin, as others go on meanwhile
         self.place, self.x0, self.hello, self.parse = place, x0, hello, parse
         self.worker, self.named = place.worker, place.worker is not None
@@ -214,7 +215,7 @@ class Peer(Driver):
     def _share(self) -> None:
         """All ranks get the minibatches that the first one was given."""
         fresh, self.fresh = self.team.first(self.fresh), []
-        self.tickets.extend(fresh)
+        self._given(fresh)
 
     def _greet(self) -> None:
         """Agree with the coordinator on the run."""
@@ -259,7 +260,7 @@ class Peer(Driver):
         self.losses: list[float] = []  # of gradients that it has not been told of
         self.computes: list[float] = []
         self.waits: list[float] = []
-        self.used, self.sent, self.said = 0, 0, time.monotonic()  # sent: bytes of payload
+        self.sent, self.said = 0, time.monotonic()  # sent: bytes of payload
         head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
         host, port = listener.getsockname()[:2]
         about: dict[str, Any] = {
@@ -302,9 +303,9 @@ class Peer(Driver):
             request = next(self.loop)
             self.born = True
             self.changed.notify_all()
-        self.tickets.clear()
-        self.fresh, self._used = [], 0
-        self.terms = Terms(self.head.worker, self.method, self.seed, self.workers, step, None, [])
+        self._forget()
+        self.fresh = []
+        self.terms = Terms(self.head.worker, self.method, self.seed, self.workers, step, None)
         self.life += 1
         self._drive(request)
         self._since = time.perf_counter()
@@ -636,7 +637,8 @@ class Peer(Driver):
             with self.monitor:  # pushes are counted by threads of their own
                 sent, self.sent = self.sent, 0
             note |= {"losses": self.losses, "compute": self.computes, "waited": self.waits, "sent": sent}
-            note["used"], self.used = 0 if self.team.rank else self.used, 0  # minibatches are the first rank's
+            note |= {} if self.team.rank else {"used": self.began, "failed": self.failed}  # they are the first rank's
+            self.began, self.failed = [], []
             self.losses, self.computes, self.waits = [], [], []
         self.said = time.monotonic()
         self.link.send(self.head._replace(kind=kind), None, note)
@@ -692,9 +694,11 @@ class Peer(Driver):
 
     def _begin(self) -> None:
         """Everything is delivered: tell the coordinator. Its word to go on comes while the next gradient is computed."""
-        want = max(self.since, self.node.step == self.node.since) - len(self.tickets)
+        want = 0
+        if self.opened is not None and not self.team.rank:
+            want = max(self.since, self.node.step == self.node.since) - len(self.leases.get(self.opened.key, ()))
         self.since = 0
-        self._tell(Kind.BEGIN, {"round": self.node.step, "want": 0 if self.team.rank else max(0, want)})
+        self._tell(Kind.BEGIN, {"round": self.node.step, "want": max(0, want), "own": True, "back": self._back()})
         self.begun = True
 
     def _go_on(self) -> None:
@@ -705,7 +709,7 @@ class Peer(Driver):
         self.begun, self.end, self.vain = False, note["end"], 0
         if self.rounds:
             self._met(tuple(note["members"]))
-        self.fresh += note["tickets"]
+        self.fresh += leases_in(note["leases"])
         with self.monitor:
             newcomers, self.newcomers = [*self.newcomers, *note["welcome"]], []
         for worker, life in newcomers:
@@ -1089,10 +1093,9 @@ class Peer(Driver):
         self.losses.append(loss)
         self.waits.append(self._waited)
         self.computes.append(now - self._since)
-        self.since += self._used
-        self.used, self._used = self.used + self._used, 0
-        if not finite(g):
-            self._diverged("its gradient is not finite")
+        self.since += len(self.unstepped)
+        self.brought, self.unstepped = self.unstepped, []
+        g = self._finite(g)
         try:
             with self.team:
                 self._go_on()
@@ -1122,29 +1125,39 @@ class Peer(Driver):
                 self._did("moved")
             return could
 
+    def _skip(self, why: str, step: int) -> None:
+        if self.spoilt >= self.skips:
+            self._diverged("its gradient is not finite")
+        super()._skip(why, step)
+
     def _diverged(self, what: str) -> NoReturn:
         """Nobody else gets what is not finite: this worker goes."""
-        step = self.node.step
+        step, brought = self.node.step, [*self.began, *self.failed]
         with contextlib.suppress(LinkLost):
-            self.link.send(self.head._replace(kind=Kind.LEAVE, step=step), None, {"diverged": what})
+            note = {"diverged": what, "brought": [] if self.team.rank else brought}
+            self.link.send(self.head._replace(kind=Kind.LEAVE, step=step), None, note)
         self._hang_up()
-        why = f"worker {self.head.worker}, step {step}: {what}; lower the learning rate or lengthen the warm-up"
+        why = f"worker {self.head.worker}, step {step}: {what}; {remedy(brought)}"
         raise Diverged(why, Trace(), self.head.worker, step)
 
-    def more(self) -> list[int]:
+    def more(self, note: dict[str, Any]) -> dict[str, Any]:
         while True:
             try:
                 with self.team:
                     self._go_on()
                 self._share()
-                if self.tickets:
-                    return []
-                note = {"want": 1, "more": True}
+                if note.get("want") and self.opened is not None and self.leases.get(self.opened.key):
+                    return {"leases": []}
                 with self.team:
-                    tickets = self._call(Kind.BEGIN, note, "minibatches")["tickets"] if not self.team.rank else []
-                return list(self.team.first(tickets))
+                    word = {**note, "back": self._back(), "more": True}
+                    answer = self._call(Kind.BEGIN, word, "minibatches") if not self.team.rank else {}
+                return dict(self.team.first(answer))
             except LinkLost as lost:
                 self._mend(lost)
+
+    @property
+    def free_to_wait(self) -> bool:
+        return not self.rounds
 
     def master(self) -> Tensor:
         with self.monitor:
@@ -1202,14 +1215,14 @@ class Peer(Driver):
 
     def _last(self, done: bool) -> None:
         """Say that this one goes, with all that it has done."""
-        if not done:
-            self._used = 0  # somebody else will use what this one has begun
         if self.shared is not None:
             self.shared.leave(self.link, self.head)
         note: dict[str, Any] = {"done": done}
-        self.used, self._used = self.used + self._used, 0
+        if done:  # else somebody will use what this one has begun
+            self.began += self.unstepped
+        self.unstepped = []
         if not self.losses:
-            note["used"] = 0 if self.team.rank else self.used
+            note["used"] = [] if self.team.rank else self.began
         self._tell(Kind.LEAVE, note)
 
     def _show(self) -> None:
@@ -1257,8 +1270,9 @@ class Solitary(Driver):
     def __init__(self, method: Method, x0: Tensor, say: Callable[[str], None]) -> None:
         super().__init__(say)
         method.check(1)
-        self.method, self.next = method, 0
-        self.terms = Terms(0, method, 0, 1, 0, None, [])
+        self.method, self.table = method, Leases()
+        self.table.join(0)
+        self.terms = Terms(0, method, 0, 1, 0, None)
         self._set_out(x0)
 
     def _set_out(self, x: Tensor) -> None:
@@ -1273,9 +1287,17 @@ class Solitary(Driver):
         return True
 
     def step(self, g: Tensor, loss: float) -> None:
+        self.brought, self.unstepped = self.unstepped, []
+        g = self._finite(g)
         if isinstance(self.request, Begin):
             self._drive(self.loop.send(None))
         self._drive(self.loop.send(g))
+
+    def _settle(self, leases: list[Lease], well: bool) -> None:
+        if well:
+            self.table.use(0, leases)
+        elif aside := self.table.fail(0, leases):
+            self.say(f"set aside, as twice its gradient was not finite: {', '.join(map(str, aside))}")
 
     def _drive(self, request: Request) -> None:
         while not isinstance(request, Gradient | Begin):
@@ -1286,9 +1308,8 @@ class Solitary(Driver):
             request = self.loop.send(answer)
         self.request = request
 
-    def more(self) -> list[int]:
-        self.next += 1
-        return [self.next - 1]
+    def more(self, note: dict[str, Any]) -> dict[str, Any]:
+        return self.table.hear(0, {**note, "back": self._back()})
 
     def master(self) -> Tensor:
         x: Tensor = self.method.params(self.node.state)

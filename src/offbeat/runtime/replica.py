@@ -23,14 +23,14 @@ from .host import OtherKind
 from .layout import layout_of
 from .optimizer import Lending, no_own_steps, stepped_beside
 from .parameters import Parameters
-from .passes import shard
+from .passes import Passes, Shard
 from .peer import Peer, Solitary
 from .place import Place
 from .shared_state import Shared
 from .statistics import Statistics
 from .streams import seed_streams
 from .team import Team, Together
-from .worker import Alone, Driver, Parse, Remote, Worker
+from .worker import SKIPS, Alone, Driver, Parse, Remote, Worker
 
 T = TypeVar("T")
 Loss = Tensor | float
@@ -149,7 +149,8 @@ class Replica:
         except BaseException:
             self._member.forget()
             raise
-        self._passes = 0
+        self.passes = Passes(self)
+        self.worker.skips = SKIPS
         self._member.joined(self.worker, self)
         if me is not None:
             _LIVE[me] = self
@@ -178,8 +179,10 @@ class Replica:
 
         Weights that the script has set since the last step (a state that was loaded, clipping, pruning) are taken over by
         methods whose workers step themselves. Raises ``RuntimeError`` where they cannot be, where another optimizer has
-        stepped them, and where the model has trainable parameters that were none when the replica was made; `Diverged` where
-        the server refuses what is not finite.
+        stepped them, and where the model has trainable parameters that were none when the replica was made.
+
+        A gradient that is not finite is skipped, as `GradScaler` does, and said with its minibatch; `Diverged` after several in a
+        row.
         """
         if callable(loss):
             loss, closure = None, loss
@@ -237,19 +240,41 @@ class Replica:
         """Drop the gradients, as an optimizer does; `step` has done so already."""
         self.flat.zero_grad(set_to_none)
 
-    def shard(self, loader: Iterable[T]) -> Iterator[T]:
-        """One pass over ``loader``'s data, shared with all workers: each minibatch goes to the one who is free.
+    def shard(self, loader: Iterable[T], epoch: int | None = None) -> Shard[T]:
+        """``loader``'s minibatches, shared with all workers: each goes to the one that is free. Going over the result is one pass
+        over the data, going over it again is the next.
 
-        Of a `DataLoader` with a map-style data set, a pass is cut into the loader's own minibatches, in an order that
-        follows from the run's seed. The server hands them out, so fast workers get more, those of a worker that died go
-        to another, and a worker that was restarted goes on where the run is: passes that are over yield nothing. Other
-        iterables are dealt out by turns: worker i of n takes items i, i + n, ... The ranks of a group share each minibatch:
-        rank r of G gets its examples r, r + G, ...
+        *A `DataLoader` with a map-style data set*: a pass consists of the loader's own minibatches, made as the loader makes
+        them, in an order that follows from the run's seed and the pass's number; the global random numbers of torch, Python
+        and numpy, and generators that loader and samplers have, are seeded while it is listed. Fast workers get more
+        minibatches, and those of a worker that died go to another. All workers need the same data and ``batch_size``: one that
+        differs is refused. The ranks of a group share each minibatch: rank r of G gets its examples r, r + G, ...
+
+        *A sequence or a map-style data set* is shared in the same way, item by item.
+
+        *Any other iterable* is dealt out by turns: worker i of n takes items i, i + n, ... A worker that is started again begins
+        it anew.
+
+        Passes are numbered by how many this script has begun before, as all workers run the same one. A script that does not
+        begin with the first epoch, as it goes on from its own checkpoint, says ``epoch`` [0, 1, ...]; so does `epochs`.
+        ``break`` ends a pass for this worker only, and the next pass is a whole one. Each worker that is there gets at least
+        one minibatch of a pass with enough of them. One that comes to a pass that is over, as it came late or was started
+        again, gets one of the pass where the run is, so that the body of its loop has run; nothing where there is none.
 
         After the pass the model holds the parameters that would be shipped now, to evaluate; the next pass puts this
         worker's own back.
+
+        Raises ``ValueError`` for what cannot be shared, with what to write instead.
         """
-        return shard(self, loader)
+        return self.passes.shard(loader, epoch)
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """The epochs from where the run is to ``count``, not included: ``for epoch in replica.epochs(20)``.
+
+        Passes of `shard` inside of the loop, one or several, belong to its epoch. A worker that was started again, or comes late,
+        so begins where the others are.
+        """
+        return self.passes.epochs(count)
 
     def leave(self, done: bool = True) -> None:
         """Leave the run in good order, with the weights that the model has, and keeps. ``done`` says that this worker's work is: who is not done is

@@ -21,6 +21,7 @@ from ..core.protocol import Server
 from ..core.tree import apart, leaves, rebuild
 from ..engines.kernel import ALIGNED, BLOCKS, Visits
 from .host import Diverging, Host, Refused, Session
+from .leases import leases_in
 from .link import Frame, Link, LinkLost
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite, tame
 from .way import offered
@@ -53,6 +54,10 @@ class Visitor(Session):
     point: Tensor | None = None  # where its next gradient is taken, if the server knows [d]
     length: int | None = None  # how many gradients its next message must have, if the server knows
     visits: int = 0
+
+    @property
+    def begun(self) -> int:
+        return self.length or 1
 
 
 class RunServer(Host):
@@ -101,7 +106,6 @@ class RunServer(Host):
     def _join(self, session: Visitor, note: dict[str, Any]) -> None:
         assert self.server is not None
         message, version = self.server.join(session.worker), self.server.version
-        self._hand(session, note)
         session.outbox.put((version, message))
 
     def _part(self, session: Visitor, orderly: bool) -> None:
@@ -111,7 +115,7 @@ class RunServer(Host):
 
     def _serve(self, session: Visitor) -> bool:
         """Serve a worker until it leaves; True where it says so itself."""
-        self._answer(session, *session.outbox.get(), list(session.held))
+        self._answer(session, *session.outbox.get(), {"leases": []})
         due = {Kind.PUSH: session.push.bytes, Kind.LEAVE: 0, Kind.MASTER: 0, Kind.HELLO: 0, Kind.SHARED: 0}
         while True:
             frame = session.link.recv(due, "its next message", lent=due)
@@ -121,7 +125,7 @@ class RunServer(Host):
                 with self.lock:
                     if note.get("done"):
                         self.finished.add(session.worker)
-                    self._used(session, note.get("used"))
+                    self._used(session, note)
                 return True
             if frame.header.kind == Kind.SHARED:
                 self.kept.take(session.link, note)
@@ -135,17 +139,17 @@ class RunServer(Host):
                 continue
             if frame.header.kind == Kind.HELLO:  # it needs more minibatches
                 with self.lock:
-                    tickets = self._hand(session, note)
-                session.link.send(session.head._replace(kind=Kind.WELCOME), None, {"tickets": tickets})
+                    answer = self._hand(session, note)
+                session.link.send(session.head._replace(kind=Kind.WELCOME), None, answer)
                 continue
             message = session.push.unpack(frame.payload)
             with self.lock:
                 self._visit(session, frame, message, note)
-                tickets = self._hand(session, note)
+                leases = self._hand(session, note)
             reply = self._await(session)
             if reply is None:
                 return False
-            self._answer(session, *reply, tickets)
+            self._answer(session, *reply, leases)
 
     def _check(self, session: Visitor, header: Header) -> None:
         """`Corrupt` unless the header is of this life of this worker, and next in order."""
@@ -193,6 +197,7 @@ class RunServer(Host):
         assert server is not None
         if self.sessions.get(worker) is not session:
             raise Corrupt(f"a late message of a life of worker {worker} that is over: refused")
+        brought = leases_in(note.get("used"))
         lag = server.lag(worker)
         gap, extra = self._measure(session, message)
         self.into = self._places(session) if self.visits.raced else ()
@@ -200,7 +205,8 @@ class RunServer(Host):
             replies = server.visit(worker, message)
         except FloatingPointError:
             what = "the model would not be finite any more" if finite(message) else "the message is not finite"
-            raise Diverging(self._diverged(session, header.step, what)) from None
+            self._failed(session, brought)
+            raise Diverging(self._diverged(session, header.step, what, brought)) from None
         for other, reply in replies.items():
             self.sessions[other].outbox.put((server.version, reply))
         session.visits += 1
@@ -248,7 +254,7 @@ class RunServer(Host):
                     f"worker {session.worker} was silent for {self.terms.timeout:g} s while its reply waited"
                 )
 
-    def _answer(self, session: Visitor, version: int, reply: Message, tickets: list[int]) -> None:
+    def _answer(self, session: Visitor, version: int, reply: Message, leases: dict[str, Any]) -> None:
         """Send a reply: outside of the lock, for a worker may be slow to take it."""
         payload = session.reply.pack(reply, session.link.room(session.reply.bytes))
         if isinstance(self.method, GradientServer):  # as it lies in the payload, so that the reply's own memory is free
@@ -260,7 +266,7 @@ class RunServer(Host):
         elif self.terms.shard[1] == 1:  # else the first server's word counts
             session.length = self.method.length(self.method.init(_first(reply)))
         head = session.head._replace(step=self.steps.get(session.worker, 0), version=version)
-        session.link.send(head, payload, {"tickets": tickets})
+        session.link.send(head, payload, leases)
 
     def _content(self) -> Callable[[], dict[str, Any]]:
         assert self.server is not None

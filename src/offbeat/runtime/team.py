@@ -17,15 +17,20 @@ from torch import Tensor
 
 from ..core.method import Message
 from ..core.tree import leaves, rebuild
+from .leases import Lease
 from .link import LinkLost
 from .message import Corrupt
-from .worker import Exchange, Remote, Terms
+from .worker import Exchange, Remote, Spoilt, Terms
 
 T = TypeVar("T")
 
 
 class Agreed(LinkLost):
     """What one rank has lost, raised at all of them."""
+
+
+class AgreedSpoilt(Agreed, Spoilt):
+    """What one rank has brought and is not finite, raised at all of them."""
 
 
 class Team:
@@ -99,7 +104,13 @@ class Team:
         lost = isinstance(error, LinkLost | Corrupt)
         if isinstance(error, Agreed) or (error is not None and not lost):
             return
-        if self.any(lost):
+        worst = self.highest(2 if isinstance(error, Spoilt) else int(lost))
+        if worst == 2:
+            step = error.step if isinstance(error, Spoilt) else -1
+            raise AgreedSpoilt(
+                str(error or "another rank's part of what this worker brought is not finite"), step
+            ) from error
+        if worst:
             raise Agreed(str(error or "another rank of this worker has lost its link")) from error
 
 
@@ -125,15 +136,15 @@ class Together(Exchange):
         with self.team:
             self.mine.push(self.team.cut(msg), gradients, note)
 
-    def reply(self) -> tuple[Message, list[int]]:
+    def reply(self) -> tuple[Message, list[Lease]]:
         with self.team:
-            reply, tickets = self.mine.reply()
-        return self.team.join(reply, self.parameters), self.team.first(tickets)
+            reply, leases = self.mine.reply()
+        return self.team.join(reply, self.parameters), self.team.first(leases)
 
-    def more(self, want: int) -> list[int]:
+    def more(self, note: dict[str, Any]) -> dict[str, Any]:
         with self.team:
-            tickets = self.mine.more(want) if not self.team.rank else []
-        return self.team.first(tickets)
+            answer = self.mine.more(note) if not self.team.rank else {}
+        return self.team.first(answer)
 
     def master(self) -> Tensor:
         with self.team:

@@ -25,6 +25,7 @@ from ..engines.speed import Speed
 from ..failure import Diverged
 from ..trace import Trace
 from .host import OtherKind
+from .leases import TASK, Key, Lease, Leases, Opening, leases_in, remedy
 from .link import Frame, Link, LinkLost, dial, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .place import Place
@@ -44,7 +45,14 @@ class Terms(NamedTuple):
     workers: int
     step: int  # gradients of this worker's earlier lives
     reply: Message
-    tickets: list[int]
+
+
+class Spoilt(LinkLost):
+    """What this worker brought was not taken, as it is not finite or would make the model so. ``step``: the worker's, then."""
+
+    def __init__(self, why: str, step: int) -> None:
+        super().__init__(why)
+        self.step = step
 
 
 class Exchange(Protocol):
@@ -58,12 +66,12 @@ class Exchange(Protocol):
         """Bring a message. Raises `LinkLost` where the link is dead."""
         ...
 
-    def reply(self) -> tuple[Message, list[int]]:
-        """The reply to it, and minibatches for what comes next. Raises `LinkLost` where the link is dead."""
+    def reply(self) -> tuple[Message, list[Lease]]:
+        """The reply to it, and minibatches for what comes next. Raises `LinkLost` where the link is dead, and `Spoilt`."""
         ...
 
-    def more(self, want: int) -> list[int]:
-        """More minibatches; none where there are none left."""
+    def more(self, note: dict[str, Any]) -> dict[str, Any]:
+        """A word about minibatches, and the answer: see `Leases.hear`."""
         ...
 
     def master(self) -> Tensor:
@@ -83,11 +91,15 @@ class Alone(Exchange):
     """A server inside the only worker: what a script does when nobody has launched it."""
 
     def __init__(self, method: ServerMethod, x0: Tensor) -> None:
-        self.server, self.method, self.next = Server.start(method, x0), method, 0
+        self.server, self.method, self.leases = Server.start(method, x0), method, Leases()
         self.answer: Message = ()
+        self.given: list[Lease] = []
 
     def join(self) -> Terms:
-        return Terms(0, self.method, 0, 1, 0, self.server.join(0), [])
+        if 0 in self.server.own:
+            self.server.leave(0)
+        self.leases.join(0)
+        return Terms(0, self.method, 0, 1, self.server.version, self.server.join(0))
 
     def start(self, x: Tensor) -> Message:
         """Begin the run anew at ``x`` [d]; the first reply."""
@@ -95,22 +107,23 @@ class Alone(Exchange):
         return self.server.join(0)
 
     def push(self, msg: Message, gradients: int, note: dict[str, Any]) -> None:
-        self.answer = reply = self.server.visit(0, msg)[0] if finite(msg) else msg
-        if not finite(reply):
-            raise Diverged(
-                f"visit {self.server.version}: the gradient is not finite, or would make the model so; lower the learning "
-                "rate or lengthen the warm-up",
-                Trace(),
-                0,
-                self.server.version,
-            )
+        version, used = self.server.version, leases_in(note["used"])
+        if not finite(msg):
+            self.leases.fail(0, used)
+            raise Spoilt(f"visit {version}: the gradient is not finite; {remedy(used)}", version)
+        self.answer = self.server.visit(0, msg)[0]
+        if not finite(self.answer):
+            what = f"visit {version}: the gradient is finite and would make the model not so; {remedy(used)}"
+            raise Diverged(what, Trace(), 0, version)
+        self.leases.use(0, used)
+        self.leases.fail(0, leases_in(note["failed"]))
+        self.given = leases_in(self.leases.hear(0, note)["leases"])
 
-    def reply(self) -> tuple[Message, list[int]]:
-        return self.answer, []
+    def reply(self) -> tuple[Message, list[Lease]]:
+        return self.answer, self.given
 
-    def more(self, want: int) -> list[int]:
-        self.next += want
-        return list(range(self.next - want, self.next))
+    def more(self, note: dict[str, Any]) -> dict[str, Any]:
+        return self.leases.hear(0, note)
 
     def master(self) -> Tensor:
         return self.server.x()
@@ -182,7 +195,7 @@ class Remote(Exchange):
         self.shards: list[_Shard] = []
         self.stopped: Callable[[], bool] = lambda: False  # whether to give up dialling
         self.say: Callable[[str], None] = lambda text: None
-        self.want, self.pushed, self.shared = 1, 0, shared
+        self.pushed, self.shared = 0, shared
         self.oracle = False  # whether the worker keeps nothing of a reply when the next one comes
         self.beat = 1.0
         self.beating = threading.Event()
@@ -216,7 +229,7 @@ class Remote(Exchange):
         if k > d:
             raise ValueError(f"{k} servers for a model of {d} parameters: one each at most")
         edges = [round(i * d / k) for i in range(k + 1)]
-        welcomes, replies, tickets, method = [], [], [], None
+        welcomes, replies, method = [], [], None
         for i, address in enumerate(self.place.servers):
             part = slice(edges[i], edges[i + 1])
             note, shard = self._greet(address, part, self.shard or (i, k))
@@ -236,7 +249,6 @@ class Remote(Exchange):
             shard.head = shard.head._replace(version=frame.header.version)
             welcomes.append(note)
             replies.append(shard.reply.unpack(frame.payload, self.x0.device))
-            tickets.append(frame.note["tickets"])
         first = welcomes[0]
         self.beat = first["beat"]
         if not self.beating.is_set():
@@ -244,12 +256,12 @@ class Remote(Exchange):
             threading.Thread(target=self._beats, daemon=True).start()
         assert method is not None
         step = self.shards[0].step
-        return Terms(first["worker"], method, first["seed"], first["workers"], step, self._whole(replies), tickets[0])
+        return Terms(first["worker"], method, first["seed"], first["workers"], step, self._whole(replies))
 
     def _greet(self, address: str, part: slice, shard: tuple[int, int]) -> tuple[dict[str, Any], _Shard]:
         link = dial(address, self.place.token, "the server", self.place.timeout)
         head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
-        about = {"worker": self.worker, "parameters": part.stop - part.start, "shard": shard, "want": self.want}
+        about = {"worker": self.worker, "parameters": part.stop - part.start, "shard": shard}
         about |= {"named": self.named or shard[0] > 0, "process": self.process}  # the first server's number is for all
         try:
             shared = self.shared if shard[0] == 0 or self.shard else None
@@ -278,14 +290,14 @@ class Remote(Exchange):
         if frame.header.kind == Kind.REFUSED:
             why = frame.note["why"]
             if frame.note["what"] == "diverged":
-                raise Diverged(why, Trace(), shard.head.worker, shard.step)
+                raise Spoilt(why, shard.step)
             if frame.note["what"] == "refused":
                 raise ValueError(f"the server refuses this worker: {why}")
             raise LinkLost(f"the server refused the last message: {why}")
         return frame
 
     def push(self, msg: Message, gradients: int, note: dict[str, Any]) -> None:
-        self.want, self.pushed = note["want"], gradients
+        self.pushed = gradients
         parts = leaves(msg)
         with self._mending():
             for shard in self.shards:
@@ -293,8 +305,8 @@ class Remote(Exchange):
                 head = shard.head._replace(kind=Kind.PUSH, step=shard.step, gradients=gradients)
                 shard.link.send(head, shard.push.pack(mine, shard.link.room(shard.push.bytes)), note)
 
-    def reply(self) -> tuple[Message, list[int]]:
-        replies, tickets = [], []
+    def reply(self) -> tuple[Message, list[Lease]]:
+        replies, leases = [], []
         with self._mending():
             for shard in self.shards:
                 frame = self._hear(
@@ -303,15 +315,15 @@ class Remote(Exchange):
                 shard.step += self.pushed
                 shard.head = shard.head._replace(version=frame.header.version)
                 replies.append(shard.reply.unpack(frame.payload, self.x0.device))
-                tickets.append(frame.note["tickets"])
-            return self._whole(replies), tickets[0]
+                leases.append(frame.note["leases"])
+            return self._whole(replies), leases_in(leases[0])
 
-    def more(self, want: int) -> list[int]:
+    def more(self, note: dict[str, Any]) -> dict[str, Any]:
         shard = self.shards[0]
         with self._mending():
-            shard.link.send(shard.head._replace(kind=Kind.HELLO), None, {"want": want})
-            tickets: list[int] = self._hear(shard, {Kind.WELCOME: 0}, "more minibatches").note["tickets"]
-            return tickets
+            shard.link.send(shard.head._replace(kind=Kind.HELLO), None, note)
+            answer: dict[str, Any] = self._hear(shard, {Kind.WELCOME: 0}, "more minibatches").note
+            return answer
 
     def master(self) -> Tensor:
         parts = []
@@ -369,6 +381,10 @@ class Remote(Exchange):
 
 LIVES = 8
 """How many lives in a row may end before what they bring is taken, until a worker gives up."""
+SKIPS = 8
+"""How many gradients in a row that are not finite a training loop may skip, until its worker raises `Diverged`."""
+SHOWN = 32
+"""How many examples of a minibatch are named."""
 
 
 class Driver(ABC):
@@ -384,10 +400,21 @@ class Driver(ABC):
         self.say = say
         self.using = threading.RLock()  # held by whoever uses it: a thread may have it leave
         self.left = False
-        self.tickets: deque[int] = deque()
+        self.opened: Opening | None = None  # the pass that it draws from
+        self.leases: dict[
+            Key, deque[Lease]
+        ] = {}  # of each pass that is open, those that it was given and has not drawn
+        self.back: list[Lease] = []  # that it was given and will not use, since that was last said
+        self.unstepped: list[Lease] = []  # of minibatches that it has begun since its last step
+        self.began: list[Lease] = []  # of those that came to a step, since that was last said
+        self.failed: list[Lease] = []  # of others, whose gradients were not finite
+        self.brought: list[Lease] = []  # of the last step
+        self.examples: dict[Lease, list[Any]] = {}  # of minibatches that it has begun lately
+        self.order, self.wait = "", False  # see `Grant`, as the last answer said
+        self.skips = 0  # how many gradients in a row that are not finite it skips
+        self.spoilt = 0  # how many there were
         self.life = 0  # how often it has joined
         self.vain = 0  # how many lives in a row have ended before what they brought was taken
-        self._used = 0  # minibatches since that was last said
         self._since, self._waited = time.perf_counter(), 0.0
 
     @property
@@ -401,24 +428,95 @@ class Driver(ABC):
         return None
 
     @property
+    def free_to_wait(self) -> bool:
+        """Whether no other worker ever waits for this one."""
+        return True
+
+    @property
     def free(self) -> bool:
         """Whether all gradients are delivered, so that nothing is lost by leaving now."""
         return self.request.free
 
-    def ticket(self, before: float = math.inf) -> int | None:
-        """The number of a minibatch that nobody else has; None where the next is not ``before`` that, all are out, or it has left."""
+    def draw(self, opening: Opening = TASK, fed: bool = True, own: bool = False) -> Lease | None:
+        """A minibatch that no other worker has, of a pass, or of another one unless it must be its ``own``: see `Leases.take`.
+        None where there is none, or it has left; `wait` says whether to ask again. ``ValueError`` where other workers' pass is another one.
+        """
         with self.using:
-            if not self.tickets and not self.left:
-                more = self.more()  # named first: a new life has other tickets
-                self.tickets.extend(more)
-            return self.tickets.popleft() if self.tickets and self.tickets[0] < before and not self.left else None
+            self.opened, queue = opening, self.leases.setdefault(opening.key, deque())
+            self.order, self.wait = opening.order, False
+            if not queue and not self.left:
+                answer = self.more({"open": opening, "want": 1, "fed": fed, "own": own})
+                if "refused" in answer:
+                    raise ValueError(answer["refused"])
+                queue.extend(leases_in(answer["leases"]))
+                self.order, self.wait = answer.get("order") or opening.order, bool(answer.get("wait"))
+            return queue.popleft() if queue and not self.left else None
 
-    def use(self) -> None:
-        """A minibatch is being used: the one that was drawn first of those that were not."""
-        self._used += 1
+    def close(self, opening: Opening, whole: bool = True) -> None:
+        """Draw no more from a pass. What is left of it goes back with the next message: this one sends none, as it may be called
+        at any time, by the garbage collector too. Unless it was gone through as a ``whole``, so does what has come to no step.
+        """
+        self.back.extend(self.leases.pop(opening.key, ()))
+        if not whole:
+            self.back.extend(lease for lease in self.unstepped if lease.key == opening.key)
+            self.unstepped = [lease for lease in self.unstepped if lease.key != opening.key]
+        self.opened = None if self.opened == opening else self.opened
+
+    def use(self, lease: Lease, examples: list[Any] | None = None) -> None:
+        """A minibatch, of these examples, is being used."""
+        self.unstepped.append(lease)
+        if examples is not None:
+            self.examples[lease] = examples
+            if len(self.examples) > 2 * SHOWN:
+                del self.examples[next(iter(self.examples))]
+
+    def _given(self, leases: list[Lease]) -> None:
+        """Minibatches have come with a reply."""
+        for lease in leases:
+            self.leases.get(lease.key, self.back).append(lease)
+
+    def _forget(self) -> None:
+        """A new life has none of the minibatches that the one before was given."""
+        for queue in self.leases.values():
+            queue.clear()
+        self.back, self.unstepped, self.began, self.failed = [], [], [], []
+
+    def _back(self) -> list[Lease]:
+        back, self.back = self.back, []
+        return back
+
+    def _skip(self, why: str, step: int) -> None:
+        """A gradient that is not finite is skipped, and said, unless there were too many in a row: then it is `Diverged`."""
+        self.spoilt += 1
+        named = [(lease, self.examples[lease]) for lease in self.brought if lease in self.examples]
+        for lease, examples in named[:8]:
+            more = ", ..." if len(examples) > SHOWN else ""
+            why += f"; {lease} has the examples {', '.join(map(str, examples[:SHOWN]))}{more}"
+        if self.spoilt > self.skips:
+            several = f"; {self.spoilt} gradients in a row were not finite" if self.skips else ""
+            raise Diverged(why + several, Trace(), self.terms.worker, step)
+        self.say(f"{why}; this gradient is skipped")
+
+    def _finite(self, g: Tensor) -> Tensor:
+        """``g`` [d] where it is finite, else 0, as where `GradScaler` skips a step: nobody waits for what does not come."""
+        well = finite(g)
+        self._settle(self.brought, well)
+        if well:
+            self.spoilt = 0
+            return g
+        why = f"worker {self.terms.worker}, step {self.node.step}: its gradient is not finite; {remedy(self.brought)}"
+        self._skip(why, self.node.step)
+        return torch.zeros_like(g)
+
+    def _settle(self, leases: list[Lease], well: bool) -> None:
+        """The gradient of minibatches was finite, or not."""
+        (self.began if well else self.failed).extend(leases)
 
     def _dies(self, lost: LinkLost, what: str) -> None:
         """Say that a life ends, and ``what`` comes of that; raises where lives end in vain, so that others would as well."""
+        if isinstance(lost, Spoilt):
+            self._skip(str(lost), lost.step)
+            return
         self.vain += 1
         if self.vain > LIVES:
             why = f"{LIVES} lives in a row have ended before anything that they brought was taken: see the other end's log"
@@ -449,8 +547,8 @@ class Driver(ABC):
         return True
 
     @abstractmethod
-    def more(self) -> list[int]:
-        """Another minibatch; none where there are none left."""
+    def more(self, note: dict[str, Any]) -> dict[str, Any]:
+        """A word about minibatches, and the answer: see `Leases.hear`."""
 
     @abstractmethod
     def master(self) -> Tensor:
@@ -495,8 +593,12 @@ class Worker(Driver):
         self.method = method
         self.keeps = not isinstance(method, GradientServer) or isinstance(self.exchange, Alone)
         self._set_out(terms.reply)
-        self.tickets = deque(terms.tickets)
-        self._used, self._losses, self._computes, self._owed = 0, [], [], 0
+        self._forget()
+        self._losses, self._computes, self._owed = [], [], 0
+
+    @property
+    def free_to_wait(self) -> bool:
+        return not self.method.gated
 
     def _set_out(self, reply: Message) -> None:
         """Go to the first gradient after ``reply``."""
@@ -518,13 +620,14 @@ class Worker(Driver):
         assert isinstance(request, Gradient)
         return request
 
-    def more(self) -> list[int]:
-        def ask() -> list[int]:
+    def more(self, note: dict[str, Any]) -> dict[str, Any]:
+        def ask() -> dict[str, Any]:
             self._catch_up()
-            return [] if self.tickets else self.exchange.more(1)
+            come = note.get("want") and self.opened is not None and self.leases.get(self.opened.key)
+            return {"leases": []} if come else self.exchange.more({**note, "back": self._back()})
 
-        tickets: list[int] = self._again(ask)
-        return tickets
+        answer: dict[str, Any] = self._again(ask)
+        return answer
 
     def room(self) -> Tensor | None:
         return None if self.keeps else self.exchange.room()
@@ -537,13 +640,20 @@ class Worker(Driver):
 
     def _reply(self) -> Message:
         """The reply to what was pushed."""
-        reply, tickets = self.exchange.reply()
+        reply, leases = self.exchange.reply()
         self._owed = self.vain = 0
-        self.tickets.extend(tickets)
+        if isinstance(self.method, GradientServer):
+            self.spoilt = 0
+        self._given(leases)
         return reply
 
     def step(self, g: Tensor, loss: float) -> None:
         now = time.perf_counter()
+        self.brought, self.unstepped = self.unstepped, []
+        if isinstance(self.method, GradientServer):  # whose messages are gradients, which the server looks at
+            self._settle(self.brought, True)
+        else:
+            g = self._finite(g)
         self._losses.append(loss)
         self._computes.append(now - self._since)
         request = self.loop.send(g)
@@ -563,17 +673,23 @@ class Worker(Driver):
 
     def _push(self, msg: Message) -> None:
         """Bring a message, with what there is to tell of its gradients."""
-        ahead = self.method.late and not self.tickets  # a minibatch more: the next ones come after the next gradient
+        want, used = 0, self.began
+        if self.opened is not None:  # a late reply comes after the next gradient, which needs a minibatch, too
+            want = max(1, len(used)) + (self.method.late and not self.leases.get(self.opened.key))
         note = {
             "losses": self._losses,
             "compute": self._computes,
             "waited": [self._waited, *(0.0 for _ in self._losses[1:])],
-            "used": self._used,
-            "want": max(1, self._used) + ahead,
+            "used": used,
+            "failed": self.failed,
+            "back": self._back(),
+            "want": want,
+            "own": True,
         }
+        self.began, self.failed = [], []
         count = len(self._losses)
         self.exchange.push(msg, count, note)
-        self._used, self._losses, self._computes, self._owed = 0, [], [], count
+        self._losses, self._computes, self._owed = [], [], count
 
     def master(self) -> Tensor:
         def ask() -> Tensor:
@@ -589,8 +705,8 @@ class Worker(Driver):
             self._catch_up()
         except LinkLost as lost:
             self.say(f"{lost}, while this worker was leaving")
-        used = self._used if done else 0  # else somebody will use what this one has begun
-        self.exchange.leave({"done": done, "used": used})
+        used = self.began + self.unstepped if done else []  # else somebody will use what this one has begun
+        self.exchange.leave({"done": done, "used": used, "failed": self.failed})
 
     def _again(self, what: Callable[[], Any]) -> Any:
         while True:
@@ -605,7 +721,7 @@ class Worker(Driver):
         try:
             self._dies(lost, f"dialling again ({count} gradients of this worker are lost)")
         except LinkLost:
-            self.exchange.leave({"done": False, "used": 0})
+            self.exchange.leave({"done": False, "used": []})
             raise
         self._begin(self.exchange.join())
 
@@ -624,8 +740,8 @@ def train(
     """
     name, began = worker.terms.worker, time.monotonic()
     times = speed.stream(worker.terms.seed, name) if speed else None
-    while not (stopped() and worker.free) and worker.ticket() is not None:
-        worker.use()
+    while not (stopped() and worker.free) and (lease := worker.draw()) is not None:
+        worker.use(lease)
         start = time.monotonic()
         g, loss = problem.grad(worker.x, name, worker.node.step)
         took = max(time.monotonic() - start, next(times) if times else 0.0)
