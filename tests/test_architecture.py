@@ -32,6 +32,7 @@ ARROWS: dict[str, tuple[set[str], set[str] | None]] = {
         {"torch"},
     ),
     "experiment": (EVERYBODY, ANYTHING),
+    "figures": (EVERYBODY, {"torch"}),
     "report": (EVERYBODY, ANYTHING),
     "names": (EVERYBODY, ANYTHING),
     "cli": (EVERYBODY, ANYTHING),

@@ -49,6 +49,20 @@ from .tasks import Digits
 from .trace import Event, Trace
 
 FORMAT = "offbeat comparison 1"
+NEEDED = (
+    "task",
+    "methods",
+    "workers",
+    "seeds",
+    "gradients",
+    "warmup",
+    "speed",
+    "network",
+    "faults",
+    "alone",
+    "parameters",
+)
+"""What the header of a comparison says at least."""
 
 
 class Key(NamedTuple):
@@ -461,15 +475,17 @@ class Comparison:
 
     def table(self) -> list[list[str]]:
         """The rows as text, the titles first; a spread follows a plus-minus sign."""
+        rows = self.rows()
         columns = [*self.figures, "train_loss", "mean_lag", "mean_gap", "mean_consensus", "seconds", "speedup"]
+        columns = [n for n in columns if n not in TITLES or any(row.mean.get(n) for row in rows)]  # what was measured
         lines = [["method", "workers", *(TITLES.get(name, name) for name in columns), "failed"]]
-        for row in self.rows():
+        for row in rows:
             spread = {name: row.spread[name] for name in (*self.figures, "train_loss") if name in row.spread}
             texts = [show(name, row.mean[name], spread.get(name)) if row.mean else "-" for name in columns]
             kinds = " ".join(sorted({cell.failure for cell in row.failed}))
             failed = f"{kinds} {len(row.failed)} of {len(row.cells)}" if row.failed else ""
             lines.append([row.label, str(row.workers), *texts, failed])
-        return lines
+        return lines if any(row.failed for row in rows) else [line[:-1] for line in lines]
 
     def write(self, folder: str | Path) -> None:
         """Write ``comparison.json`` into ``folder``, and the traces into ``traces`` there."""
@@ -492,6 +508,8 @@ class Comparison:
             header = json.loads(path.read_text(encoding="utf-8"))
             if header.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
+            if absent := {*NEEDED} - header.keys():
+                raise ValueError(f"its header has no {', '.join(sorted(absent))}")
             cells = []
             for about in header.pop("cells"):
                 key = Key(about["label"], about["workers"], about["seed"])
@@ -515,6 +533,8 @@ def show(name: str, value: float, spread: float | None = None) -> str:
     """A figure as text: an accuracy in per cent, anything else with three digits."""
     if name == "accuracy":
         return f"{100 * value:.1f}{'' if spread is None else f' ± {100 * spread:.1f}'} %"
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else f"{value:g}"
     text = f"{value:,.0f}" if 100 <= abs(value) < 1e9 else f"{value:.3g}"
     return text if spread is None else f"{text} ± {spread:.1g}"
 

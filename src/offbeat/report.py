@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from .experiment import Cell, Comparison, Row, show
+from .experiment import Cell, Comparison, Row
+from .figures import counts_lag, entries, learns
 from .plain import numbers
 from .trace import Trace
 
@@ -29,7 +30,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 except ImportError as error:
     raise ImportError("pictures need matplotlib: pip install 'offbeat[report]'") from error
 
@@ -114,10 +115,11 @@ def load(folder: str | Path) -> Comparison | Single:
         )
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        kept = {name: summary[name] for name in ("figures", "failure", "message", "command")}
-    except (ValueError, KeyError, TypeError) as error:
+        kept: dict[str, Any] = {name: str(summary[name]) for name in ("failure", "message", "command")}
+        kept["figures"] = {name: float(value) for name, value in numbers(summary["figures"]).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what `offbeat simulate` has written: {error!r}; run it again") from None
-    return Single(Trace.read(folder / "trace.jsonl"), kept | {"figures": numbers(kept["figures"])})
+    return Single(Trace.read(folder / "trace.jsonl"), kept)
 
 
 def page(result: Comparison | Single, folder: str | Path) -> Path:
@@ -128,11 +130,12 @@ def page(result: Comparison | Single, folder: str | Path) -> Path:
 
 def _of_comparison(comparison: Comparison, folder: str | Path) -> Path:
     header = comparison.header
-    chief = comparison.figures[0] if comparison.figures else "train_loss"
-    over = "accuracy" if chief == "accuracy" else "loss"
+    learnt = any(learns(cell.trace) for cell in comparison.cells)
+    chief = next(iter(comparison.figures), "train_loss" if learnt else "gradients_per_second")
+    over = {"accuracy": "accuracy", "gradients_per_second": "speed"}.get(chief, "loss")
     pictures = {
         f"{over}-over-workers": (
-            f"Final {chief} over the number of workers: mean over the seeds, bars as long as the sample standard "
+            f"{_final(chief)} over the number of workers: mean over the seeds, bars as long as the sample standard "
             "deviation. A cross at the bottom is a run that failed.",
             lambda theme: _over_workers(comparison, chief, theme),
         ),
@@ -153,6 +156,8 @@ def _of_comparison(comparison: Comparison, folder: str | Path) -> Path:
     }
     if not comparison.figures:
         del pictures[f"{over}-over-time"]
+    if not learnt:
+        del pictures["loss"]
     facts = {
         "task": header["task"],
         "parameters": f"{header['parameters']:,}",
@@ -160,7 +165,7 @@ def _of_comparison(comparison: Comparison, folder: str | Path) -> Path:
         "seconds per gradient": header["speed"],
         "network": header["network"],
         **({"faults": header["faults"]} if header["faults"] != "()" else {}),
-        "warm-up": f"the first {100 * header['warmup']:g} % of a run",
+        **({"warm-up": f"the first {100 * header['warmup']:g} % of a run"} if header["warmup"] else {}),
         "seeds": ", ".join(map(str, header["seeds"])),
     }
     count = len(header["methods"])
@@ -184,20 +189,48 @@ def _of_comparison(comparison: Comparison, folder: str | Path) -> Path:
 
 def _of_run(trace: Trace, summary: dict[str, Any], folder: str | Path) -> Path:
     header = trace.header
-    facts = {name: str(header.get(name, "")) for name in ("method", "problem", "cluster", "gradients", "seed")}
+    workers = len(set(trace.column("worker").tolist()))
     incidents = Counter(incident.what for incident in trace.incidents)
-    facts |= {"incidents": ", ".join(f"{n} {what}" for what, n in incidents.items())} if incidents else {}
-    body = [_facts(facts), _notes([*([summary["message"]] if summary["message"] else []), *_provenance(header)])]
+    facts = {
+        "method": header.get("method"),
+        "task": header.get("problem"),
+        "cluster": header.get("cluster"),
+        "workers": "" if header.get("cluster") else workers or "",
+        "parameters": f"{header['parameters']:,}" if header.get("parameters") else "",
+        "gradients": f"{len(trace):,} by all workers together",
+        "seed": header.get("seed"),
+        "incidents": ", ".join(f"{n} {what}" for what, n in incidents.items()),
+    }
+    notes = [note for note in (summary["message"], trace.cut) if note]
+    body = [
+        _facts({name: str(fact) for name, fact in facts.items() if fact not in (None, "")}),
+        _notes([*notes, *_provenance(header)]),
+    ]
     if len(trace):
-        body.append(_picture(folder, "loss", "Loss and figures over time.", lambda t: _progress(trace, t)))
-        caption = "How stale the gradients were, and how many each worker took."
-        body.append(_picture(folder, "staleness", caption, lambda t: _stale(trace, t)))
+        if learns(trace) or any(e.figures for e in trace.evaluations):
+            caption = "Loss and figures over time." + " Dotted lines: a worker joined, left or crashed." * bool(
+                incidents
+            )
+            body.append(_picture(folder, "loss", caption, lambda t: _progress(trace, t)))
+        stale = [
+            column
+            for column in ("lag", "gap")
+            if len(_measured(trace, column)) and (column == "gap" or counts_lag(trace))
+        ]
+        caption = (
+            "How stale the gradients were, and how many each worker took."
+            if stale
+            else "Gradients that each worker took."
+        )
+        body.append(_picture(folder, "staleness", caption, lambda t: _stale(trace, stale, t)))
         if own := sorted(trace[0].extra):
             caption = "The method's own figures at each visit, a running mean."
             body.append(_picture(folder, "method", caption, lambda t: _own(trace, own, t)))
-    figures = [["figure", "value"], *([name, show(name, value)] for name, value in summary["figures"].items())]
-    body += ["<h2>All figures</h2>", _table(figures, set())]
-    title = f"{header['method'].partition('(')[0]} on {header['problem'].partition('(')[0]}"
+    if summary["figures"]:
+        figures = [["figure", "value"], *entries(summary["figures"], trace)]
+        body += ["<h2>All figures</h2>", _table(figures, set())]
+    method, task = (str(header.get(name) or "").partition("(")[0] for name in ("method", "problem"))
+    title = (method or "A run") + (f" on {task or _workers(workers)}" if task or workers else "")
     return _write(folder, title, body, {**header, "command": summary["command"]})
 
 
@@ -251,7 +284,7 @@ def _over_workers(comparison: Comparison, name: str, theme: Theme) -> Figure:
             if ends.get(label, (-1.0, 0.0))[0] < x[-1]:
                 ends[label] = x[-1], y[-1]
     axes.set_xticks(range(len(workers)), [str(n) for n in workers])
-    axes.set(xlabel="workers", ylabel=f"final {name}", xlim=(-0.35, len(workers) - 0.65))
+    axes.set(xlabel="workers", ylabel=_plain(_final(name).lower()), xlim=(-0.35, len(workers) - 0.65))
     axes.grid(axis="y")
     _scale(axes, name)
     label_ends(axes, ends, looks)
@@ -277,7 +310,7 @@ def _over_time(comparison: Comparison, name: str, theme: Theme) -> Figure:
     _scale(panels[0], name, _ceiling(comparison, name))
     for axes in panels[len(workers) :]:
         axes.remove()
-    panels[0].set_ylabel(name)
+    panels[0].set_ylabel(_plain(name))
     _legend(figure, looks)
     return figure
 
@@ -345,9 +378,9 @@ def _staleness(comparison: Comparison, theme: Theme) -> Figure:
                     )
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.set_xscale("linear" if column == "lag" else "log")
         axes.set_xlim(bins[0], bins[-1])
-    lag.set_yticks([0.15 - i for i in range(len(looks))], list(looks))
+        _even(axes, whole=column == "lag")
+    lag.set_yticks([0.15 - i for i in range(len(looks))], [_plain(label) for label in looks])
     for text, look in zip(lag.get_yticklabels(), looks.values(), strict=True):
         text.set_color(look.color)
     lag.set_xlabel("lag, in updates")
@@ -363,51 +396,58 @@ def _staleness(comparison: Comparison, theme: Theme) -> Figure:
 
 def _progress(trace: Trace, theme: Theme) -> Figure:
     names = sorted({name for e in trace.evaluations for name in e.figures} - {"loss"}, key=lambda n: n != "accuracy")
-    figure = _figure(6.5 if not names else 10, 3.9)
-    axes, *others = np.atleast_1d(figure.subplots(1, 1 + len(names[:1]))).tolist()
-    seconds, loss = _column(trace, "seconds"), _column(trace, "loss")
-    every = max(1, len(loss) // 4000)
-    axes.plot(seconds[::every], loss[::every], ".", ms=2, alpha=0.25, color=theme.colours[0], mew=0)
-    axes.plot(*_smooth(trace, "seconds"), color=theme.colours[0], lw=2, label="minibatches, running mean")
     tests = [(e.seconds, _shown("loss", e.figures["loss"])) for e in trace.evaluations if "loss" in e.figures]
-    if tests:
-        axes.plot(*zip(*tests, strict=True), "o", ms=4, mfc="none", color=theme.colours[1], label="evaluation")
-    positive = loss[loss > 0]
-    axes.set(xlabel=_clock(trace.header), ylabel="loss", yscale="log" if len(positive) == len(loss) else "linear")
-    if len(positive) == len(loss) and (top := 1000 * loss[0]) < loss.max():
-        axes.set_ylim(0.7 * loss.min(), top)
-    axes.legend(frameon=False)
-    for name, other in zip(names, others, strict=False):
-        points = [(e.seconds, _shown(name, e.figures[name])) for e in trace.evaluations]
+    has_loss = bool(tests) or learns(trace)
+    figure = _figure(6.5 if not (names and has_loss) else 10, 3.9)
+    panels = np.atleast_1d(figure.subplots(1, has_loss + len(names[:1]))).tolist()
+    if has_loss:
+        _loss(panels[0], trace, tests, theme)
+    for name, other in zip(names, panels[has_loss:], strict=False):
+        points = [(e.seconds, _shown(name, e.figures[name])) for e in trace.evaluations if name in e.figures]
         other.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.6, color=theme.colours[2])
-        other.set(xlabel=_clock(trace.header), ylabel=name, xlim=axes.get_xlim())
+        other.set(xlabel=_clock(trace.header), ylabel=_plain(name), xlim=panels[0].get_xlim() if has_loss else None)
         _scale(other, name)
-    for each in (axes, *others):
+    for each in panels:
         each.grid(axis="y")
         for incident in trace.incidents:
             each.axvline(incident.seconds, color=theme.faint, lw=0.9, ls=":", zorder=0)
     return figure
 
 
-def _stale(trace: Trace, theme: Theme) -> Figure:
-    figure = _figure(10, 3.4)
-    lag, gap, share = figure.subplots(1, 3)
-    for axes, column in ((lag, "lag"), (gap, "gap")):
+def _loss(axes: Axes, trace: Trace, tests: list[tuple[float, Array]], theme: Theme) -> None:
+    if learns(trace):
+        seconds, loss = _column(trace, "seconds"), _column(trace, "loss")
+        every = max(1, len(loss) // 4000)
+        axes.plot(seconds[::every], loss[::every], ".", ms=2, alpha=0.25, color=theme.colours[0], mew=0)
+        axes.plot(*_smooth(trace, "seconds"), color=theme.colours[0], lw=2, label="minibatches, running mean")
+        loss = _measured(trace, "loss")
+    else:
+        loss = np.array([y for _, y in tests])
+    if tests:
+        axes.plot(*zip(*tests, strict=True), "o", ms=4, mfc="none", color=theme.colours[1], label="evaluation")
+    positive = bool((loss > 0).all())
+    axes.set(xlabel=_clock(trace.header), ylabel="loss", yscale="log" if positive else "linear")
+    if positive and (top := 1000 * loss[0]) < loss.max():
+        axes.set_ylim(0.7 * loss.min(), top)
+    axes.legend(frameon=False)
+
+
+def _stale(trace: Trace, columns: Sequence[str], theme: Theme) -> Figure:
+    figure = _figure(10 / 3 * (1 + len(columns)), 3.4)
+    *panels, share = np.atleast_1d(figure.subplots(1, 1 + len(columns))).tolist()
+    for axes, column in zip(panels, columns, strict=True):
         values = _measured(trace, column)
-        if not len(values):
-            axes.set_axis_off()
-            axes.set_title(f"{column}: not measured")
-            continue
         bins = _bins([values], whole=column == "lag")
         axes.hist(values, bins, color=theme.colours[0], alpha=0.85)
-        axes.set_xscale("linear" if column == "lag" else "log")
         axes.set(xlabel=column, yticks=[])
+        _even(axes, whole=column == "lag")
         axes.spines["left"].set_visible(False)
         axes.axvline(values.mean(), color=theme.ink, lw=1)
         axes.set_title(f"{column}, mean {values.mean():.3g}")
     counts = torch.bincount(trace.column("worker")).numpy()
     share.bar(range(len(counts)), counts, color=theme.colours[2], width=0.85)
     share.set(xlabel="worker", ylabel="gradients")
+    share.xaxis.set_major_locator(MaxNLocator(integer=True))
     share.set_title("gradients by worker")
     share.grid(axis="y")
     share.set_axisbelow(True)
@@ -424,7 +464,7 @@ def _own(trace: Trace, names: Sequence[str], theme: Theme) -> Figure:
         axes.plot(x, y, color=theme.colours[i % len(theme.colours)], lw=1.8)
         wide = y.min(initial=1) > 0 and y.max(initial=0) > 1000 * y.min(initial=math.inf)
         axes.set(xlabel=_clock(trace.header), yscale="log" if wide else "linear")
-        axes.set_title(name)
+        axes.set_title(_plain(name))
         axes.grid(axis="y")
     return figure
 
@@ -434,6 +474,32 @@ def _own(trace: Trace, names: Sequence[str], theme: Theme) -> Figure:
 
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plain(text: str) -> str:
+    """A name from outside, of which matplotlib is to make no formula."""
+    return text.replace("$", r"\$")
+
+
+def _final(name: str) -> str:
+    return "Gradients per second" if name == "gradients_per_second" else f"Final {name}"
+
+
+def _even(axes: Axes, whole: bool) -> None:
+    """The axis across: whole numbers, or a logarithmic one with a few round numbers however little it spans."""
+    if whole:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        return
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    powers, between = (
+        [m * 10.0**k for k in tens for m in ms if low <= m * 10.0**k <= high] for ms in ((1,), (1, 2, 5))
+    )
+    ticks = between if len(between) <= 5 or len(powers) < 2 else powers
+    axes.xaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 5)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def _clock(header: dict[str, Any]) -> str:
@@ -557,7 +623,7 @@ def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], looks: dict[str
     for label, y in zip(order, places, strict=True):
         look = looks[label]
         axes.annotate(
-            label,
+            _plain(label),
             at[label],
             (1.03, y),
             xycoords="axes fraction",
@@ -570,9 +636,12 @@ def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], looks: dict[str
 
 
 def _legend(figure: Figure, looks: dict[str, Look]) -> None:
-    lines = [Line2D([], [], color=look.color, ls=look.linestyle, lw=2.2, label=label) for label, look in looks.items()]
+    handles = [
+        Line2D([], [], color=look.color, ls=look.linestyle, lw=2.2, label=_plain(label))
+        for label, look in looks.items()
+    ]
     across = max(2, int(figure.get_figwidth() / (0.45 + 0.085 * max(map(len, looks)) + 0.35)))
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(across, len(lines)), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(across, len(handles)), frameon=False)
 
 
 def png(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
@@ -692,7 +761,7 @@ def _list(title: str, items: Iterable[str]) -> str:
 def _best(rows: Sequence[Row], name: str) -> set[int]:
     """The rows that have the best mean of their number of workers; as lines of the table, the titles being line 0."""
     best: dict[int, int] = {}
-    sign = 1 if name == "accuracy" else -1
+    sign = 1 if name in ("accuracy", "gradients_per_second") else -1
     for line, row in enumerate(rows, start=1):
         holder = best.get(row.workers)
         if name in row.mean and (holder is None or sign * row.mean[name] > sign * rows[holder - 1].mean[name]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -53,7 +54,8 @@ Tell = Callable[[int, str], None]
 
 @contextmanager
 def progress(total: int) -> Iterator[Tell]:
-    """A function to call with the gradients that are done and a remark: a bar, or lines where there is no terminal."""
+    """A function to call with the gradients that are done and a remark that follows: a bar, or lines where there is no
+    terminal."""
     start = time.monotonic()
     due = 0.0
     if not err.is_terminal or os.environ.get("CI"):
@@ -63,7 +65,7 @@ def progress(total: int) -> Iterator[Tell]:
             if done >= due:
                 due = total * (10 * done // total + 1) / 10
                 rate = done / max(1e-9, time.monotonic() - start)
-                err.print(f"{done:,} of {total:,} gradients, {rate:,.0f}/s, {escape(remark)}")
+                err.print(f"{done:,} of {total:,} gradients, {rate:,.0f}/s{escape(remark)}")
 
         due = total / 10
         yield line
@@ -79,21 +81,22 @@ def progress(total: int) -> Iterator[Tell]:
             if now >= due or done >= total:
                 due = now + 0.25
                 rate = done / max(1e-9, now - start)
-                bar.update(task, completed=done, description=f"{done:,} of {total:,}, {rate:,.0f}/s, {escape(remark)}")
+                bar.update(task, completed=done, description=f"{done:,} of {total:,}, {rate:,.0f}/s{escape(remark)}")
                 bar.refresh()
 
         yield move
 
 
 def watching(tell: Tell) -> Callable[[Event], None]:
-    """Tells how many events there were, and their running mean loss."""
+    """Tells how many events there were, and their running mean loss if they have one."""
     done, loss = 0, 0.0
 
     def watch(event: Event) -> None:
         nonlocal done, loss
         done += 1
-        loss += (event.loss - loss) * max(1 / done, 0.02)
-        tell(done, f"loss {loss:.3g}")
+        if math.isfinite(event.loss):
+            loss += (event.loss - loss) * max(1 / done, 0.02)
+        tell(done, f", loss {loss:.3g}" if loss else "")
 
     return watch
 

@@ -21,8 +21,9 @@ from ..core.values import refuse, require, require_count
 from ..engines.faults import Fault, Straggler
 from ..engines.simulator import Run
 from ..engines.speed import Speed
-from ..experiment import show, warmed
+from ..experiment import warmed
 from ..failure import Failure
+from ..figures import entries
 from ..names import read
 from ..plain import dumps
 from ..trace import Trace
@@ -149,10 +150,10 @@ class Launch(Command):
                 err.print(f"offbeat: {escape(str(failed))}\nlogs, trace and snapshots are in {escape(str(folder))}")
                 return FAILED
         whole = self.shards == self.ranks == 1
-        figures = _finished(folder, argv, gradients) if whole else {}
+        figures = _finished(folder, argv, gradients) if whole else []
         if figures:
             name = self.method or "launch"
-            out.print(table([name, f"workers: {self.workers}"], [[n, show(n, v)] for n, v in figures.items()]))
+            out.print(table([name, f"workers: {self.workers}"], figures))
         out.print(f"model: {folder / ('model.pt' if whole else 'shard-*/model.pt')}", soft_wrap=True)
         return 0 if over else INTERRUPTED
 
@@ -326,17 +327,17 @@ def _log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} offbeat: {text}", file=sys.stderr, flush=True)
 
 
-def _finished(folder: Path, argv: Sequence[str], gradients: int | None) -> dict[str, float]:
-    """The figures of a run that is over; writes its summary and its page."""
+def _finished(folder: Path, argv: Sequence[str], gradients: int | None) -> list[list[str]]:
+    """The figures of a run that is over, as lines of a table; writes its summary and its page."""
     path = folder / "trace.jsonl"
     trace = Trace.read(path) if path.exists() else Trace()
     if not len(trace):
         err.print(f"offbeat: no gradient was taken; see the logs in {escape(str(folder / 'logs'))}")
-        return {}
+        return []
     x = torch.cat([t.reshape(-1) for t in torch.load(folder / "model.pt", weights_only=True).values()])
     last = trace.evaluations[-1].figures if trace.evaluations else {}
     figures = {n: v for n, v in Run(x, trace, trace[-1].seconds, last).summary().items() if v == v}
     summary = {"command": command_line(argv), "failure": "", "message": "", "figures": figures}
     (folder / "summary.json").write_text(dumps(summary, indent=1) + "\n", encoding="utf-8")
     page((trace, summary), folder)
-    return figures
+    return entries(figures, trace)

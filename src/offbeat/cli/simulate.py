@@ -23,6 +23,7 @@ from ..engines.lanes import AUTO, Count
 from ..engines.simulator import Simulation
 from ..experiment import Cell, Comparison, Grid, compare, rerun, show, warmed
 from ..failure import Failure
+from ..figures import entries
 from ..methods import all_methods, find
 from ..names import read
 from ..plain import dumps
@@ -143,7 +144,7 @@ class Simulate(Command):
         simulation.trace.write(folder / "trace.jsonl")
         (folder / "summary.json").write_text(dumps(summary, indent=1) + "\n", encoding="utf-8")
         if figures:
-            out.print(table([name, f"workers: {workers}"], [[n, show(n, v)] for n, v in figures.items()]))
+            out.print(table([name, f"workers: {workers}"], entries(figures, simulation.trace)))
         page((simulation.trace, summary), folder)
         if message:
             err.print(f"offbeat: {escape(message)}\nthe trace until then is {escape(str(folder / 'trace.jsonl'))}")
@@ -190,8 +191,8 @@ class Compare(Command):
                 def watch(cell: Cell) -> None:
                     cells.append(cell)
                     chief = next((n for n in ("accuracy", "loss") if n in cell.figures), "")
-                    outcome = f"{chief} {show(chief, cell.figures[chief])}" if chief else cell.failure
-                    tell(len(cells) * grid.gradients, f"{len(cells)} of {len(keys)} runs; {cell.key}: {outcome}")
+                    outcome = f"{chief} {show(chief, cell.figures[chief])}" if chief else cell.failure or "done"
+                    tell(len(cells) * grid.gradients, f", {len(cells)} of {len(keys)} runs; {cell.key}: {outcome}")
 
                 compare(grid, jobs=self.jobs, lanes=self.lanes, watch=watch)
         finally:  # what is done is kept, however it ends
@@ -231,13 +232,13 @@ class Replay(Command):
             problem = None if self.problem is None else read(self.problem)
             with progress(max(1, len(trace))) as tell:
                 run = rerun(trace, problem, watching(tell))
-        lines = [[name, show(name, value)] for name, value in run.summary().items()]
+        told_of = entries(run.summary(), run.trace)
         model = path.parent / "model.pt"
         if model.exists() and trace.header.get("engine") == "runtime":
             x = torch.cat([t.reshape(-1) for t in torch.load(model, weights_only=True).values()])
             if x.shape == run.x.shape:
-                lines.append(["distance to the recorded run's model", f"{float((x - run.x).abs().max()):.3g}"])
-        out.print(table(["replay", ""], lines))
+                told_of.append(["distance to the recorded run's model", f"{float((x - run.x).abs().max()):.3g}"])
+        out.print(table(["replay", ""], told_of))
         return 0
 
 
