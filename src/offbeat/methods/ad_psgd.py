@@ -24,7 +24,7 @@ class ADPSGD(PairGossipMethod, name="ad-psgd"):
     any time. Its own visit and those of others during a gradient change the point to which it is then applied, as in the
     paper. In the simulator the visit costs no time while the gradient takes longer; in a real run a peer visits when its
     gradient is there, with the same arithmetic, and the time of the visit is added to the gradient's.
-    Weight decay is the rule's, at the point of application; the mean over peers is evaluated. A peer that dies takes its own
+    Weight decay is the rule's, at the point of application (a user's own optimizer decays where the gradient was taken); the mean over peers is evaluated. A peer that dies takes its own
     progress along, and never half a visit; one that leaves in good order visits once more; one that joins copies the model
     of one that lives, which moves the mean.
     """
