@@ -27,9 +27,9 @@ import offbeat as ob
 from offbeat.experiment import rerun
 from offbeat.names import read
 from offbeat.runtime import snapshot
+from offbeat.runtime.coordinator import host_for
 from offbeat.runtime.host import Terms
 from offbeat.runtime.place import Place
-from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Remote, Worker, train
 
 TOKEN = "only these know it"
@@ -87,7 +87,7 @@ class Serving:
         self.said: list[str] = []
         self.folder = folder
         self.well: bool | None = None  # what the server's run returns
-        self.server = RunServer(terms, token, folder, parse, self.said.append, port=port)
+        self.server: Any = host_for(terms)(terms, token, folder, parse, self.said.append, port=port)
         try:
             self.resumed = resume and self.server.resume(anew)
         except BaseException:

@@ -64,6 +64,7 @@ def test_each_worker_that_is_there_is_kept_one() -> None:
     assert got(leases, 1, pass_(0), 9) == [(0, 2)]
     assert got(leases, 0, pass_(1), 9) == [(1, 0), (1, 1)]
     assert got(leases, 2, pass_(0), 9) == [(0, 3)]
+    assert got(leases, 0, pass_(0, series=1), 9) == [(0, k) for k in range(4)]  # one worker alone may evaluate
     short = crew(0, 1, 2)
     assert got(short, 0, pass_(0, 1), 9) == [(0, 0)]  # where there are not enough, the first to come gets it
 

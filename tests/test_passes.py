@@ -573,10 +573,7 @@ def test_one_broken_sample_does_not_end_a_run(
     data = torch.arange(float(N))[:, None]
     data[5] = torch.nan
     broken = DataLoader(TensorDataset(data), 2, shuffle=True)
-    if method is None:
-        if launched:
-            pytest.skip("see test_peers.py")
-        method = ob.methods.LocalSGD(ob.Local(ob.SGD(1e-4)), period=2)
+    method = method or ob.methods.LocalSGD(ob.Local(ob.SGD(1e-4)), period=2)
     run = serve(terms(method, workers=1)) if launched else None
     replica = ob.Replica(nn.Linear(1, 1), place=run.place(0)) if run else alone(method)
     seen = [[int(n) for n in x.nan_to_num(5.0).flatten()] for (x,) in stepped(replica, replica.shard(broken))]

@@ -8,7 +8,8 @@ failed twice is set aside.
 What a worker gets when it asks for minibatches of a pass:
 
 1. of that pass, those that came back first, then new ones. The last ones are kept for workers that are in the run and have
-   had none of this pass, until the run is two passes on.
+   had none of this pass, until the run is two passes on. (But not of later passes within an epoch for workers that have made
+   none of them: one worker alone may evaluate.)
 2. where that pass has none left: those that are left of an earlier pass, because somebody died with them.
 3. where it has had nothing of its pass, and others are further on: one minibatch of the first pass that is not over. So the
    body of a loop runs for a worker that comes late, and still each minibatch is used once.
@@ -305,7 +306,8 @@ class Leases:
         """Up to ``count`` leases of a pass that is not over, but for those that are kept for others."""
         (series, number), there = key, self.passes[key]
         on = max(reached.get(series, -1) for reached in self.reached.values()) > number + 1
-        kept = sum(w not in there.had and self.reached[w].get(series, -1) <= number for w in self.held if w != worker)
+        at = {w: reached.get(series, math.inf if series > 0 else -1) for w, reached in self.reached.items()}
+        kept = sum(w not in there.had and at[w] <= number for w in self.held if w != worker)
         leases = [Lease(series, number, index) for index in there.draw(worker, count, 0 if on else kept)]
         self.held[worker].update(dict.fromkeys(leases))
         self.out += len(leases)
@@ -382,7 +384,8 @@ def _differs(opening: Opening, there: Pass) -> str:
     if opening.length != there.length:
         return (
             f"shard: {what} has {opening.length} minibatches at this worker and {there.length} at others: all workers need the "
-            "same data set and the same batch_size (a slower worker gets fewer minibatches anyway)"
+            "same data set and the same batch_size (a slower worker gets fewer minibatches anyway), and the same passes in the "
+            "same order"
         )
     if kind == "stream":
         return (

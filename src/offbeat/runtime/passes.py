@@ -251,7 +251,7 @@ class Passes:
         yield from self._turns(source, key) if isinstance(source, Stream) else self._leased(source, key)
         with member.turn():
             replica._show()
-        member.unfinished = bool(self.parts)  # it may have been inside of another one
+        member.unfinished = False
 
     def _leased(self, source: Items | Batches, key: Key) -> Iterator[Any]:
         worker, part, whole = self.replica.worker, Part(self, source, key), False
@@ -260,6 +260,7 @@ class Passes:
             for batch in source.feed(part):
                 self.replica._own()  # the link may have been mended while the minibatch was asked for
                 if part.begin():
+                    self.replica._member.unfinished = True  # another pass, inside of this one, may have come to its end
                     yield batch
             part.rest()
             whole = True

@@ -1222,7 +1222,7 @@ class Peer(Driver):
             self.began += self.unstepped
         self.unstepped = []
         if not self.losses:
-            note["used"] = [] if self.team.rank else self.began
+            note |= {} if self.team.rank else {"used": self.began, "failed": self.failed}
         self._tell(Kind.LEAVE, note)
 
     def _show(self) -> None:
