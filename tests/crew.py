@@ -330,7 +330,8 @@ class Run:
         return found[0]
 
     def said(self) -> str:
-        logs = "".join(f"\n{file.name}:\n{file.read_text()}" for file in sorted(self.folder.glob("logs/*")))
+        files = sorted(self.folder.glob("logs/*-*.log"))  # the launcher's own has only what it has said
+        logs = "".join(f"\n{file.name}:\n{file.read_text()}" for file in files)
         return self.processes.said(self.process) + logs
 
     def log(self, name: str) -> str:

@@ -34,7 +34,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def offbeat(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "offbeat", *argv]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=240, check=False)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -158,13 +158,15 @@ def test_simulate_takes_gradients_as_it_is_told(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.usefixtures("_no_page")
 def test_what_is_measured_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--task", "digits", "--gradients", "40", "--lanes", "auto", "--workers", "4", "--out", "x"]
-    text = told(capsys, "simulate", *argv)
+    argv = ["--task", "digits", "--gradients", "40", "--lanes", "auto", "--workers", "4"]
+    text = told(capsys, "simulate", *argv, "--out", "x")
     header = ob.Trace.read("x/trace.jsonl").header
     way = "abreast" if header["abreast"] > 1 else "lanes"
     assert f"--{way} {header[way]}," in text
-    text = told(capsys, "compare", "--methods", "asgd", "--seeds", "0", "--evaluations", "1", "--jobs", "1", *argv)
-    lanes = max(cell.trace.header["lanes"] for cell in Comparison.read("x").cells)
+    text = told(
+        capsys, "compare", "--methods", "asgd", "--seeds", "0", "--evaluations", "1", "--jobs", "1", *argv, "--out", "y"
+    )
+    lanes = max(cell.trace.header["lanes"] for cell in Comparison.read("y").cells)
     assert f"of 4 workers were taken in up to {lanes} lanes" in text
 
 
@@ -253,6 +255,93 @@ def test_ctrl_c_ends_all_processes_and_keeps_what_is_done() -> None:
     assert left == []
 
 
+# folders, names and scripts
+
+
+@pytest.mark.usefixtures("_no_page")
+@pytest.mark.parametrize("command", ["simulate", "compare --jobs 1 --methods asgd --workers 1"])
+def test_results_are_not_written_over_by_those_of_another_command(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    argv = [*command.split(), "--task", "quadratic", "--gradients", "20"]
+
+    def left() -> dict[str, str]:
+        return {str(p): p.read_text() for p in Path().rglob("*.json*")}
+
+    told(capsys, *argv, "--out", "x")
+    first = left()
+    told(capsys, *argv, "--out", "x")  # the same once more
+    assert left() == first
+    assert cli.main([*argv, "--d", "3", "--out", "x"]) == 2
+    assert "x holds a run already: name another folder with --out" in capsys.readouterr().err
+    assert left() == first
+    for d in ("3", "4"):
+        told(capsys, *argv, "--d", d)
+    assert len({path.parent for path in Path("runs").glob("*/*.json")}) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["x[/y]", "[bold]x", os.fsdecode(b"B\xfccher")], ids=["closes markup", "opens markup", "is no UTF-8"]
+)
+def test_any_name_of_a_folder_is_shown(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    assert f"{shown}/index.html" in told(capsys, "simulate", *QUICK, "--out", name)
+    assert (Path(name) / "index.html").is_file()
+    assert cli.main(["simulate", *QUICK, "--d", "3", "--out", name]) == 2
+    assert f"{shown} holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "script"),
+    [
+        ("--workers 2 train.py --epochs 3", "train.py --epochs 3"),
+        ("--resume ./start --resume", "./start --resume"),
+        ("--no-resume ./start", "./start"),
+        ("--out start -m package.train --out x", "-m package.train --out x"),
+        ("--out=x start", "start"),
+        ("--augment start", "start"),
+        ("--import start methods train.py", "train.py"),
+        ("--workers 2 -- sub/none a", "sub/none a"),
+        ("--out start", ""),
+    ],
+)
+def test_where_a_script_begins(line: str, script: str) -> None:
+    """At the first word that is no value of a flag, and is a file or ends in .py."""
+    Path("start").touch()
+    before, after = cli.flags._script(cli.Launch, line.split())
+    assert " ".join(after) == script
+    assert [*before, *after] == [word for word in line.split() if word != "--"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("launch none.py", "none.py: there is no such file"),
+        ("launch -m nowhere.train", "-m nowhere.train: there is no module nowhere in this folder or installed"),
+        ("launch -m", "-m: name a module"),
+        ("launch --import nowhere train.py", "No module named 'nowhere'"),
+    ],
+)
+def test_a_script_or_module_that_is_not_there(capsys: pytest.CaptureFixture[str], argv: str, message: str) -> None:
+    assert message in refused(capsys, *argv.split())
+
+
+def test_a_class_of_one_s_own_is_read_where_its_module_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine_alone.py").write_text(
+        "import dataclasses, offbeat as ob\n"
+        "@dataclasses.dataclass(frozen=True)\nclass MineAlone(ob.methods.ASGD):\n    'Mine.'\n"
+        "@dataclasses.dataclass(frozen=True)\nclass DanaZero(ob.methods.ASGD):\n    'Another.'\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    with pytest.raises(
+        ValueError, match=r"unknown constructor 'MineAlone'.*start `offbeat launch`.*with --import methods"
+    ):
+        cli.run._read("MineAlone(lr=0.1)")
+    cli.flags.load(["mine_alone"])
+    assert repr(cli.run._read("MineAlone(lr=0.1)")).startswith("MineAlone(lr=0.1")
+    assert type(cli.run._read("DanaZero()")) is ob.methods.DanaZero
+
+
 # bad input
 
 
@@ -333,7 +422,7 @@ def test_bad_input_ends_the_process_with_status_2() -> None:
 
 def test_without_its_extra_the_command_line_says_how_to_get_it() -> None:
     code = "import sys; sys.modules['tyro'] = None; from offbeat.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1
     assert done.stderr == "offbeat's command line needs tyro: pip install 'offbeat[cli]'\n"
 
@@ -376,7 +465,7 @@ def test_a_new_file_in_the_methods_folder_is_there_at_once(tmp_path: Path) -> No
 
 def test_tasks_lists_every_task_and_its_data() -> None:
     """What each needs, and where it was looked for."""
-    done = subprocess.run([sys.executable, "-m", "offbeat", "tasks"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "offbeat", "tasks"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in TASKS)
     assert "needs no files" in done.stdout

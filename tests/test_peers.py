@@ -627,7 +627,11 @@ def test_torchrun_and_slurm_say_where_a_run_is() -> None:
     slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_JOB_NODELIST": "gpu[03-05,09],x", "SLURM_JOB_ID": "70001"}
     assert Place.read(slurm) == Place(("gpu03:29401",), worker=1)
     ours = {"OFFBEAT_SERVER": "h:1", "OFFBEAT_WORKER": "7", "OFFBEAT_TOKEN": "t", "OFFBEAT_PATIENCE": "3"}
-    assert Place.read({**torchrun, **ours}) == Place(("h:1",), "t", 7, patience=3.0)
+    place = Place.read({**torchrun, **ours, "OFFBEAT_TOKEN": "a secret"})
+    assert place == Place(("h:1",), "a secret", 7, patience=3.0)
+    assert "a secret" not in repr(place)
+    alone = {**slurm, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+    assert Place.read(alone) == Place.read({**torchrun, "RANK": "0", "WORLD_SIZE": "1"}) == Place()
     assert Place.read({}) == Place()
     with pytest.raises(ValueError, match="OFFBEAT_WORKER = 'x': must be a number"):
         Place.read({"OFFBEAT_WORKER": "x"})

@@ -1092,9 +1092,12 @@ def test_a_server_without_the_token_is_not_believed() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "10.0.0.1"])
-def test_beyond_the_machine_only_with_a_token(tmp_path: Path, host: str) -> None:
-    text = told(lambda: RunServer(terms(SGD), "", tmp_path, print, print, host))
-    assert text == f"host {host!r} can be reached from other machines: set OFFBEAT_TOKEN to a secret first"
+@pytest.mark.parametrize("token", ["", "fifteen bytes.."])
+def test_beyond_the_machine_only_with_a_token(tmp_path: Path, host: str, token: str) -> None:
+    text = told(lambda: RunServer(terms(SGD), token, tmp_path, print, print, host))
+    assert text.startswith(
+        f"host {host!r} can be reached from other machines: set OFFBEAT_TOKEN to a secret of 16 bytes"
+    )
 
 
 @pytest.mark.parametrize(

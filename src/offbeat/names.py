@@ -19,14 +19,13 @@ from .engines.speed import Speed
 from .tasks import TASKS
 
 KINDS = (Method, Correction, Rule, Schedule, Topology, Speed, Membership, Fault)
-"""The base classes of what can be named; a class of the library under one of them is found."""
+"""The base classes of what can be named; a class under one of them is found, if it is the library's or has been imported."""
 
 
 def names() -> dict[str, Callable[..., Any]]:
-    """Every constructor by its class name."""
-    found: dict[str, Callable[..., Any]] = {cls.__name__: cls for kind in KINDS for cls in _concrete(kind)}
-    others = (Cluster, Network, Link, *TASKS.values())
-    return {**found, **{cls.__name__: cls for cls in others}}
+    """Every constructor by its class name; the library's come before a user's own of the same name."""
+    found = sorted((cls for kind in KINDS for cls in _concrete(kind)), key=_ours)
+    return {cls.__name__: cls for cls in (*found, Cluster, Network, Link, *TASKS.values())}
 
 
 def read(text: str, known: Mapping[str, Callable[..., Any]] | None = None) -> Any:
@@ -39,7 +38,10 @@ def read(text: str, known: Mapping[str, Callable[..., Any]] | None = None) -> An
 
 def _concrete(kind: type[Any]) -> Iterator[type[Any]]:
     for cls in kind.__subclasses__():
-        ours = cls.__module__.partition(".")[0] == __package__
-        if ours and not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
+        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
             yield cls
         yield from _concrete(cls)
+
+
+def _ours(cls: type[Any]) -> bool:
+    return cls.__module__.partition(".")[0] == __package__

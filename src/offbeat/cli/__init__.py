@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
-from rich.markup import escape
-
 from .. import __version__
 from ..core.values import unknown
 from ..experiment import CellFailed
 from .command import FAILED, INTERRUPTED, USAGE, Command, Refused
-from .display import err, out, table
+from .display import err, out, shown, table
 from .flags import parse
-from .run import Launch, Serve, Work
+from .launch import Launch
+from .run import Serve, Work
 from .simulate import Compare, Methods, Replay, Report, Simulate, Tasks
 
 COMMANDS: dict[str, type[Command]] = {
@@ -42,10 +41,10 @@ def main(argv: Sequence[str]) -> int:
             raise Refused(unknown("command", argv[0], list(COMMANDS)))
         return parse(COMMANDS[argv[0]], argv[0], argv[1:]).run(argv)
     except Refused as refused:
-        err.print(f"offbeat: {escape(str(refused))}")
+        err.print(f"offbeat: {shown(refused)}")
         return USAGE
     except CellFailed as failed:
-        err.print(f"offbeat: {escape(str(failed))}")
+        err.print(f"offbeat: {shown(failed)}")
         return FAILED
     except KeyboardInterrupt:
         err.print("offbeat: interrupted")

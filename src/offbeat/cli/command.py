@@ -11,8 +11,8 @@ from typing import Any
 
 import tyro
 
-USAGE, FAILED, INTERRUPTED = 2, 3, 130
-"""Exit statuses: a bad input, a run that failed, Ctrl-C."""
+PARTLY, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
+"""Exit statuses: a run that is over, and a worker of which failed; a bad input, a run that failed, Ctrl-C."""
 
 
 class Refused(Exception):

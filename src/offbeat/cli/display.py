@@ -25,6 +25,16 @@ out = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def shown(what: object) -> str:
+    """A text or a path as the terminal can show it: no markup, and bytes that are no UTF-8 written out."""
+    return escape(printable(str(what)))
+
+
+def printable(text: str) -> str:
+    """``text`` without the surrogates that stand for bytes which are no UTF-8: they are written out."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def table(titles: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] | None = None) -> Table:
     """A table; the columns ``right`` are aligned there (None: all but the first)."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
@@ -40,13 +50,13 @@ def page(result: Any, folder: Path) -> None:
     try:
         from .. import report
     except ImportError as error:
-        err.print(f"no page: {escape(str(error))}, then offbeat report {shlex.quote(str(folder))}")
+        err.print(f"no page: {shown(error)}, then offbeat report {shown(shlex.quote(str(folder)))}")
         return
-    out.print(f"page: {report.page(result, folder)}", soft_wrap=True)
+    out.print(f"page: {shown(report.page(result, folder))}", soft_wrap=True)
 
 
 def command_line(argv: Sequence[str]) -> str:
-    return shlex.join(["offbeat", *argv])
+    return printable(shlex.join(["offbeat", *argv]))
 
 
 Tell = Callable[[int, str], None]

@@ -6,8 +6,13 @@ prefix, unless the name is taken. What is no number or text is written as Python
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
+from itertools import takewhile
+from pathlib import Path
 from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -42,8 +47,11 @@ PresetName = Annotated[
 ]
 
 
+ModuleNames = Annotated[tuple[str, ...], arg(name="import", metavar="MODULE [MODULE ...]")]
+
+
 def parse(command: Any, name: str, argv: Sequence[str]) -> Command:
-    argv, script = _script(argv) if "script" in {f.name for f in fields(command)} else (argv, ())
+    argv, script = _script(command, argv) if "script" in {f.name for f in fields(command)} else (argv, ())
     with told():
         default = command.defaults(argv)
     parts = [getattr(default, f.name) for f in fields(command) if hasattr(default, f.name)]
@@ -52,10 +60,22 @@ def parse(command: Any, name: str, argv: Sequence[str]) -> Command:
     return cast(Command, replace(parsed, script=tuple(script)) if script else parsed)
 
 
-def _script(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Flags of the command, and the user's script with its own arguments."""
-    place = next((i for i, word in enumerate(argv) if word.endswith(".py")), len(argv))
-    return argv[:place], argv[place:]
+def _script(command: Any, argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Flags of the command, and what follows them: the user's script, or -m and a module, with its own arguments.
+
+    The script is the first word that is no flag's value and ends in .py or is a file; or what follows --.
+    """
+    parts = (command, *all_methods(), *TASKS.values())
+    switches = {f.name.replace("_", "-") for part in parts for f in fields(part) if f.type in (bool, "bool")}
+    before = ""
+    for i, word in enumerate(argv):
+        if word == "--":
+            return argv[:i], argv[i + 1 :]
+        value = before.startswith("--") and "=" not in before and before[2:].removeprefix("no-") not in switches
+        if word == "-m" or (not value and not word.startswith("-") and (word.endswith(".py") or Path(word).is_file())):
+            return argv[:i], argv[i:]
+        before = word
+    return argv, ()
 
 
 def _registry(command: Any, parts: Sequence[type]) -> ConstructorRegistry:
@@ -113,7 +133,7 @@ def _registry(command: Any, parts: Sequence[type]) -> ConstructorRegistry:
 def said_in(argv: Sequence[str], flag: str, default: str) -> str:
     """What ``argv`` says for ``flag``, before anything else is known about the flags."""
     said = default
-    for word, value in zip(argv, [*argv[1:], "-"], strict=True):
+    for word, value in zip(argv, [*argv, "-"][1:], strict=True):
         if word == flag and not value.startswith("-"):
             said = value
         elif word.startswith(f"{flag}="):
@@ -127,6 +147,20 @@ def method_of(text: str) -> Method:
     if not isinstance(value, Method):
         raise ValueError(f"{text} is no method: offbeat methods lists them")
     return value
+
+
+def words_of(argv: Sequence[str], flag: str) -> list[str]:
+    """The words that follow ``flag`` in ``argv``, up to the next flag."""
+    start = next((i for i, word in enumerate(argv) if word == flag), len(argv)) + 1
+    return list(takewhile(lambda word: not word.startswith("-"), argv[start:]))
+
+
+def load(modules: Sequence[str]) -> None:
+    """Import what the user names, from this folder or installed: classes that are loaded can be read by their names."""
+    if modules and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for module in modules:
+        importlib.import_module(module)
 
 
 def task_class(name: str) -> type[Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -27,11 +29,14 @@ from ..figures import entries
 from ..methods import all_methods, find
 from ..names import read
 from ..plain import dumps
+from ..runtime.folder import choose
 from ..tasks import catalogue
 from ..trace import Trace
 from .command import FAILED, INTERRUPTED, Command, told, writable
-from .display import command_line, err, out, page, progress, table, watching
+from .display import command_line, err, out, page, progress, shown, table, watching
 from .flags import MethodName, PresetName, TaskName, described, method_of, preset, said_in, task_class
+
+CURE = "name another folder with --out"
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ class Simulate(Command):
             every = max(1, self.gradients // self.evaluations)
             taking = self.lanes, self.abreast
             simulation = Simulation(method, task, self.cluster, self.gradients, self.seed, every, *taking)
-        folder = writable(self.out or Path("runs") / f"{name}-{self.task}-{workers}w")
+            default = Path("runs") / f"{name}-{self.task}-{workers}w"
+            folder = writable(choose(self.out, default, same=_of(argv), cure=CURE))
         figures: dict[str, float] = {}
         failure, message, status = "", "", 0
         try:
@@ -147,7 +153,7 @@ class Simulate(Command):
             out.print(table([name, f"workers: {workers}"], entries(figures, simulation.trace)))
         page((simulation.trace, summary), folder)
         if message:
-            err.print(f"offbeat: {escape(message)}\nthe trace until then is {escape(str(folder / 'trace.jsonl'))}")
+            err.print(f"offbeat: {shown(message)}\nthe trace until then is {shown(folder / 'trace.jsonl')}")
         return status
 
 
@@ -182,7 +188,8 @@ class Compare(Command):
         with told():
             grid = replace(self.grid, task=self.data)
             header = {"command": command_line(argv), **grid.header()}
-        folder = writable(self.out or Path("runs") / f"compare-{self.task}")
+            default = Path("runs") / f"compare-{self.task}"
+            folder = writable(choose(self.out, default, same=_of(argv), cure=CURE))
         cells: list[Cell] = []
         keys = grid.keys
         try:
@@ -200,7 +207,9 @@ class Compare(Command):
             if cells:
                 comparison.write(folder)
             if 0 < len(cells) < len(keys):
-                err.print(f"{len(cells)} of {len(keys)} runs are kept: offbeat report {shlex.quote(str(folder))}")
+                err.print(
+                    f"{len(cells)} of {len(keys)} runs are kept: offbeat report {shown(shlex.quote(str(folder)))}"
+                )
         titles, *lines = comparison.table()
         out.print(table(titles, lines))
         if self.lanes == AUTO:
@@ -211,7 +220,7 @@ class Compare(Command):
                 )
         for cell in cells:
             if cell.failure:
-                err.print(escape(f"{cell.key}: {cell.message}"))
+                err.print(shown(f"{cell.key}: {cell.message}"))
         page(comparison, folder)
         return 0
 
@@ -261,3 +270,16 @@ class Report(Command):
 def kind(cls: type[Method]) -> str:
     kinds = (ServerMethod, GossipMethod, PeriodicMethod)
     return next((k.__name__.removesuffix("Method").lower() for k in kinds if issubclass(cls, k)), "")
+
+
+def _of(argv: Sequence[str]) -> Callable[[Path], bool]:
+    """Whether a folder holds what the very same command has left, which gives the same results once more."""
+
+    def same(folder: Path) -> bool:
+        for name in ("summary.json", "comparison.json"):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                if json.loads((folder / name).read_text(encoding="utf-8")).get("command") == command_line(argv):
+                    return True
+        return False
+
+    return same

@@ -41,6 +41,8 @@ from .streams import IN_A_ROW, Twins, sample
 Parse = Callable[[str], Any]
 
 
+SECRET = 16
+"""Bytes that a token has at least where other machines can try it."""
 TRANSPORTS = ("auto", "shared", "gloo", "tcp")
 AGAIN = 5.0
 """Seconds until a snapshot that could not be written is tried again, at most."""
@@ -152,8 +154,11 @@ class Host(ABC):
         host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
-        if not token and not _loopback(host):
-            raise ValueError(f"host {host!r} can be reached from other machines: set OFFBEAT_TOKEN to a secret first")
+        if len(token.encode()) < SECRET and not _loopback(host):
+            what = f"of {SECRET} bytes or more (openssl rand -hex 32 makes one)"
+            raise ValueError(
+                f"host {host!r} can be reached from other machines: set OFFBEAT_TOKEN to a secret {what} first"
+            )
         self.terms, self.token, self.folder, self.parse = terms, token, folder, parse
 
         def quiet(text: str) -> None:

@@ -1,112 +1,26 @@
-"""Launching: a server and workers as processes of this machine; dead ones are started again, signals are passed on."""
+"""Launching: a server and workers as processes of this machine. `supervisor` decides what happens to them, this does it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import secrets
+import select
 import signal
 import socket
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..plain import numbers
+from .processes import Process
+from .supervisor import GRACE, Effect, Event, Exited, Kill, Listening, Say, Signalled, Start, Status, Supervisor, Tell
 
-HOPELESS = 3
-"""How often in a row a process may fail soon after its start, by itself, before the launch is given up."""
-
-GRACE = 10.0
-"""Seconds that a process has to end when asked to, before it is killed."""
-
-
-class LaunchFailed(RuntimeError):
-    """The run could not go on: who ended how, and where its log is."""
-
-
-@dataclass
-class Supervised:
-    """A process that is started again when it dies, up to a limit, after a pause that doubles."""
-
-    name: str
-    command: Sequence[str]
-    environment: dict[str, str]
-    log: Path
-    restarts: int
-    process: subprocess.Popen[bytes] | None = None
-    starts: int = 0
-    due: float = 0.0
-    done: bool = False
-    told: bool = False
-    born: float = 0.0
-    failures: int = 0  # in a row, each soon after its start
-    output: Callable[[IO[bytes]], None] | None = None
-
-    def start(self) -> None:
-        """Start it, or start it again."""
-        self.starts += 1
-        self.born = time.monotonic()
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if self.output else log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C comes to the launcher alone, which passes it on
-            )
-        if self.output:
-            assert self.process.stdout is not None
-            threading.Thread(target=self.output, args=(self.process.stdout,), daemon=True).start()
-
-    def look(self, say: Callable[[str], None]) -> None:
-        """See whether it has ended, and start it again when that is due."""
-        if self.done:
-            return
-        if self.process is None:
-            if time.monotonic() >= self.due:
-                self.start()
-            return
-        code = self.process.poll()
-        if code is None:
-            return
-        if code == 0 or self.told:
-            self.done = True
-            return
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        soon = code > 0 and time.monotonic() - self.born < 30
-        self.failures = self.failures + 1 if soon else 0
-        if self.failures == HOPELESS:
-            raise LaunchFailed(
-                f"{self.name} {how} {HOPELESS} times, each soon after its start: {_tail(self.log)} ({self.log})"
-            )
-        if self.starts > self.restarts:
-            raise LaunchFailed(f"{self.name} {how}, and was started {self.starts} times: its log is {self.log}")
-        pause = min(0.25 * 2 ** (self.starts - 1), 10.0)
-        say(f"{self.name} {how}: starting it again in {pause:g} s (see {self.log})")
-        self.process, self.due = None, time.monotonic() + pause
-
-    def tell(self, number: signal.Signals) -> None:
-        """Pass a signal on."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(number)
-
-    def end(self) -> None:
-        """Ask it to end, and kill it when it does not."""
-        if self.process is None:
-            return
-        self.tell(signal.SIGTERM)
-        try:
-            self.process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+TICK = 0.05
+"""Seconds between two looks at the processes."""
 
 
 @dataclass
@@ -122,58 +36,113 @@ class Launch:
     workers: int
     shards: int = 1
     restarts: int = 10
-    """How often each dead process is started again."""
+    """How often an hour each process that dies is started again."""
     ranks: int = 1
     """Processes that together are one worker, as torchrun starts them; each has a server of its own then."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """Variables for workers, beside this process's own."""
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+    """Variables for all, beside this process's own."""
     resume: bool = False
     say: Callable[[str], None] = print
     watch: Callable[[dict[str, Any]], None] = lambda status: None
     """Called with the server's status, about once a second."""
 
-    def run(self) -> bool:
-        """Start everything and stay until the run is over; False where a signal has ended it before.
+    def run(self) -> Supervisor:
+        """Start everything and stay until no process is left; what has decided, which knows how it ended.
 
-        Raises `LaunchFailed` where a process could not be started often enough. However it ends, no process is left.
+        SIGINT, SIGTERM and SIGHUP end the run in good order, a second one at once. However it ends, no process is left: not
+        even where this one is killed, as far as the system tells its children.
         """
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        token = os.environ.get("OFFBEAT_TOKEN") or secrets.token_urlsafe(32)
-        self.asked: int | None = None
-        self.stopped = False
-        self.addresses: dict[int, str] = {}
-        environment = {**os.environ, **self.environment, "OFFBEAT_TOKEN": token}
-        self.servers = []
-        for k in range(self.shards):
-            folder = self.folder if self.shards == 1 else self.folder / f"shard-{k}"
-            command = [*self.server, "--out", str(folder), "--shard", str(k), str(self.shards)]
-            one = Supervised(f"server {k}", command, environment, logs / f"server-{k}.log", self.restarts)
-            one.output = lambda pipe, k=k: self._listen(k, pipe)
-            self.servers.append(one)
-        self.crew: list[Supervised] = []
-        handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._log = logs / "launch.log"
+        self._token = os.environ.get("OFFBEAT_TOKEN") or secrets.token_urlsafe(32)
+        self._addresses: dict[str, str] = {}
+        machine = Supervisor(self.shards, self.workers, self.restarts, str(logs))
+        self._processes = {name: Process(Path(m.log)) for name, m in machine.members.items()}
+        self._servers = [m.name for m in machine.servers]
+        self._commands = {m.name: self._command() for m in machine.workers}
+        signals: list[int] = []  # a handler takes no lock: it may have interrupted what holds it
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)
+        handlers = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in numbers}
         try:
-            for one in self.servers:
-                if self.resume:
-                    one.command = [*one.command, "--resume"]
-                one.start()
-            if self._await_servers():
-                place = {"OFFBEAT_SERVER": ",".join(self.addresses[k] for k in range(self.shards))}
-                for i in range(self.workers):
-                    env = {**environment, **place, "OFFBEAT_WORKER": str(i)}
-                    log = logs / f"worker-{i}.log"
-                    self.crew.append(Supervised(f"worker {i}", self._command(), env, log, self.restarts))
-                self._supervise()
+            self._do(machine.begin(time.monotonic()))
+            while not machine.ended:
+                for event in (*self._events(), None):
+                    self._do(machine.handle(event, time.monotonic()))
+                while signals:
+                    self._do(machine.handle(Signalled(signals.pop(0)), time.monotonic()))
+            return machine
         finally:
+            for process in self._processes.values():
+                process.kill()
+            until = time.monotonic() + GRACE
+            while any(p.running for p in self._processes.values()) and time.monotonic() < until:
+                for process in self._processes.values():
+                    process.poll()
+                time.sleep(TICK)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            for group in (self.crew, self.servers):  # workers first: they leave in good order
-                for one in group:
-                    one.tell(signal.SIGTERM)
-                for one in group:
-                    one.end()
-        return not self._stopping()
+
+    def _events(self) -> Iterator[Event]:
+        """Wait for a moment; what has happened."""
+        outputs = [output for name in self._servers if (output := self._processes[name].output) is not None]
+        select.select(outputs, [], [], TICK)
+        for name, process in self._processes.items():
+            code = process.poll()
+            yield from self._hear(name, process.lines())
+            if code is not None:
+                yield Exited(name, code, process.tail())
+
+    def _hear(self, name: str, lines: Iterable[bytes]) -> Iterator[Event]:
+        """A server's lines: its address first, then its status."""
+        for text in lines:
+            try:
+                note = json.loads(text)
+            except ValueError:
+                continue
+            if "address" in note:
+                self._addresses[name] = note["address"]
+                yield Listening(name, bool(note.get("over")))
+            elif name == self._servers[0]:
+                lives, steps = ({int(i): n for i, n in note[part].items()} for part in ("lives", "steps"))
+                yield Status(note["made"], lives, steps, frozenset(note["finished"]))
+                with contextlib.suppress(OSError):  # the terminal is closed
+                    self.watch(note | {"workers": [numbers(worker) for worker in note["workers"]]})
+
+    def _do(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Say):
+                with open(self._log, "a", encoding="utf-8", errors="backslashreplace") as log:
+                    log.write(f"{time.strftime('%H:%M:%S')} {effect.text}\n")
+                with contextlib.suppress(OSError):
+                    self.say(effect.text)
+                continue
+            process = self._processes[effect.name]
+            if isinstance(effect, Start):
+                self._start(effect.name, process)
+            elif isinstance(effect, Tell):
+                process.tell()
+            elif isinstance(effect, Kill):
+                process.kill()
+
+    def _start(self, name: str, process: Process) -> None:
+        environment = {**os.environ, **self.environment, "OFFBEAT_TOKEN": self._token}
+        number = name.split()[1]
+        if name in self._servers:
+            folder = self.folder if self.shards == 1 else self.folder / f"shard-{number}"
+            command = [*self.server, "--out", str(folder), "--shard", number, str(self.shards)]
+            if name in self._addresses:  # it goes on where it was, at the same address
+                command += ["--again", "--port", self._addresses[name].rpartition(":")[2]]
+            elif self.resume:
+                command += ["--resume"]
+            process.start(command, environment, heard=True)
+            return
+        servers = ",".join(self._addresses[server] for server in self._servers)
+        environment |= {"OFFBEAT_SERVER": servers, "OFFBEAT_WORKER": number, "OFFBEAT_GRACE": f"{GRACE:g}"}
+        environment.setdefault("PYTHONUNBUFFERED", "1")  # what a script prints is in its log at once
+        process.start(self._commands[name], environment)
 
     def _command(self) -> Sequence[str]:
         """The command of a worker, or of torchrun for its ranks."""
@@ -182,90 +151,6 @@ class Launch:
         place = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
         python, *script = self.worker
         return [python, "-m", "torch.distributed.run", "--nproc-per-node", str(self.ranks), *place, *script]
-
-    def _await_servers(self) -> bool:
-        """Wait until all servers have said where they are; False where a signal comes first."""
-        end = time.monotonic() + 120
-        while len(self.addresses) < self.shards:
-            for k, one in enumerate(self.servers):
-                assert one.process is not None
-                if one.process.poll() is not None and k not in self.addresses:
-                    raise LaunchFailed(f"{one.name} did not start: {_tail(one.log)}")
-            if self._stopping():
-                return False
-            if time.monotonic() > end:
-                raise LaunchFailed("the server said no address within 120 s")
-            time.sleep(0.02)
-        for k, one in enumerate(self.servers):  # started again, it goes on where it was, at the same address
-            port = self.addresses[k].rpartition(":")[2]
-            one.command = [*(c for c in one.command if c != "--resume"), "--again", "--port", port]
-        return True
-
-    def _supervise(self) -> None:
-        """Until all servers have ended, or a signal has come and the workers have left."""
-        idle = None
-        while True:
-            stopped = self._stopping()
-            for one in [*self.crew, *self.servers]:
-                if stopped and (one.process is None or one.process.poll() is not None):
-                    one.done = True  # whoever waits to be started again is not
-                one.look(self.say)
-            leaving = self.crew if stopped else self.servers if self.servers[0].done else []
-            for one in leaving:  # the first server hands the minibatches out: when it is done, so are the others
-                if not one.told:
-                    one.told = True
-                    one.tell(signal.SIGTERM)
-            if all(one.done for one in self.servers):
-                self._await_workers()
-                return
-            if all(one.done for one in self.crew):
-                if stopped:
-                    return
-                idle = idle or time.monotonic()
-                if time.monotonic() - idle > GRACE:
-                    raise LaunchFailed("all workers have ended, and the run is not over: see the logs of the workers")
-            time.sleep(0.05)
-
-    def _await_workers(self) -> None:
-        """The run is over, and a script may have more to do: until it ends by itself, or a signal comes."""
-        said = time.monotonic() + GRACE
-        while not self._stopping() and any(one.process is not None and one.process.poll() is None for one in self.crew):
-            if time.monotonic() > said:
-                said = math.inf
-                self.say("the run is over, and the scripts of workers still go on: waiting for them")
-            time.sleep(0.05)
-
-    def _listen(self, k: int, pipe: IO[bytes]) -> None:
-        """A server's lines: its address first, then its status."""
-        for text in pipe:
-            try:
-                status = json.loads(text)
-            except ValueError:
-                continue
-            if "address" in status:
-                self.addresses[k] = status["address"]
-            elif k == 0:
-                self.watch(status | {"workers": [numbers(worker) for worker in status["workers"]]})
-
-    def _stop(self, number: int, frame: Any) -> None:
-        if self.asked is not None:  # asked twice: now
-            for one in [*self.crew, *self.servers]:
-                if one.process is not None:
-                    one.process.kill()
-        self.asked = number
-
-    def _stopping(self) -> bool:
-        """Whether a signal has come. It is said here: its handler may have interrupted somebody who prints."""
-        if self.asked is not None and not self.stopped:
-            self.stopped = True
-            what = "workers finish their steps and leave, and a snapshot is written"
-            self.say(f"{signal.Signals(self.asked).name}: {what}")
-        return self.stopped
-
-
-def _tail(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-    return lines[-1] if lines else f"its log {path} is empty"
 
 
 def _free_port() -> int:

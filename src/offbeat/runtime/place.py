@@ -12,10 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import IO, Any
 
 from .exit import failed
+from .folder import claim
+from .link import LinkLost
 
 PORT = 29_400
 """Where rank 0 of a job hosts the run, where nothing else is said: this, or the port after ``MASTER_PORT``."""
@@ -27,7 +30,7 @@ class Place:
 
     servers: tuple[str, ...] = ()
     """Addresses (host:port) of the server, or of its shards in order; empty: the worker is alone, and its own server."""
-    token: str = ""
+    token: str = field(default="", repr=False)
     """The secret that all of a run know."""
     worker: int | None = None
     """The worker's number; None: the server gives one."""
@@ -44,7 +47,7 @@ class Place:
     def read(cls, environment: Mapping[str, str] = os.environ, launchers: bool = True) -> Place:
         """What ``OFFBEAT_SERVER``, ``OFFBEAT_TOKEN``, ``OFFBEAT_WORKER``, ``OFFBEAT_METHOD`` and ``OFFBEAT_PATIENCE`` say.
 
-        Without a server: what torchrun says (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``), or SLURM
+        Without a server, and with more than one process: what torchrun says (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``), or SLURM
         (``SLURM_PROCID``, ``SLURM_NTASKS``, ``SLURM_JOB_NODELIST``, ``SLURM_JOB_ID``); rank 0 hosts the run then. Not so
         without ``launchers``: what they say is of the ranks of one worker.
         """
@@ -77,31 +80,46 @@ class Place:
             )
         else:
             return place
+        if (size or 1) == 1 and not rank:
+            return place  # alone: its own server
         return replace(
             place, servers=(f"{host}:{int(port)}",), worker=int(rank or 0), hosts=int(size or 1) if not rank else 0
         )
 
     def host(self) -> None:
-        """Start the run's server or coordinator, which ends with the run, if this worker is to host it."""
+        """Start the run's server or coordinator, which ends with the run, if this worker is to host it.
+
+        Raises ``ValueError`` where the folder that ``OFFBEAT_OUT`` names holds another run (``OFFBEAT_RESUME=1`` goes on with
+        it), and `LinkLost` where the server does not start, such as at a port that is taken.
+        """
         if not self.hosts:
             return
         address, port = self.servers[0].rsplit(":", 1)
-        out = Path(os.environ.get("OFFBEAT_OUT", "runs/job"))
-        out.mkdir(parents=True, exist_ok=True)
+        named, resume = os.environ.get("OFFBEAT_OUT"), os.environ.get("OFFBEAT_RESUME") == "1"
+        cure = "set OFFBEAT_OUT to another folder, or OFFBEAT_RESUME=1 to go on with it"
+        out, held = claim(Path(named) if named else None, Path("runs/job"), "job", _made, resume, cure=cure)
         command = [sys.executable, "-m", "offbeat", "server", "--host", address, "--port", port, "--status"]
         command += ["--workers", str(self.hosts), "--out", str(out)]
         command += ["--method", self.method] if self.method else []
+        command += ["--resume"] if resume else []
         with open(out / "server.log", "ab") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
-        hosted = Hosted(process, self.patience)
+        hosted = Hosted(process, self.patience, held)
+        if not hosted.listens.wait(max(self.patience, 60.0)) or process.poll() is not None:
+            process.kill()
+            held.close()
+            said = (out / "server.log").read_text(errors="replace").strip().splitlines()[-3:]
+            raise LinkLost(f"the run cannot be hosted at {self.servers[0]}: " + "\n".join(said))
         atexit.register(hosted.wait)  # before the worker's own leave is registered, so done after it
 
 
 class Hosted:
     """The process that hosts a job's run, and says as JSON lines who is there."""
 
-    def __init__(self, process: subprocess.Popen[bytes], patience: float) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], patience: float, held: IO[Any] | None = None) -> None:
         self.process, self.patience, self.owner = process, patience, os.getpid()
+        self.held = held  # the lock of its folder
+        self.listens = threading.Event()  # or has ended
         self.seen = time.monotonic()  # when a worker was there last
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -110,8 +128,13 @@ class Hosted:
         with self.process.stdout as lines:
             for text in lines:
                 with contextlib.suppress(ValueError):
-                    if json.loads(text).get("workers"):
+                    note = json.loads(text)
+                    if note.get("workers"):
                         self.seen = time.monotonic()
+                    if "address" in note:
+                        self.listens.set()
+        self.process.wait()
+        self.listens.set()
 
     def wait(self) -> None:
         """Stay until the run is over; one to which nobody comes back is ended, as is one whose own script has failed."""
@@ -122,6 +145,11 @@ class Hosted:
                 self.process.terminate()
                 return
             time.sleep(0.05)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def first_node(nodes: str) -> str:

@@ -1,0 +1,130 @@
+"""A process of a launch: started in a session of its own, bound to its launcher, and killed with all that it has started."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+class Process:
+    """What runs under a name, one process after another; what they say is added to ``log``."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.starts = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._place = 0  # in the log, where the last one began
+        self._stream: IO[bytes] | None = None
+        self._line = b""  # the beginning of one that is not yet whole
+
+    def start(self, command: Sequence[str], environment: dict[str, str], heard: bool = False) -> None:
+        """Start it. Its standard output goes to the log, or is ``heard`` by `lines`.
+
+        On Linux the kernel sends it SIGTERM when this thread ends, however that comes. Elsewhere a server sees that nobody
+        reads its output any more, and workers that their server is gone.
+        """
+        self.starts += 1
+        parent = os.getpid()
+
+        def bind() -> None:  # in the child: no import, no lock
+            assert _LIBC is not None
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it has died before
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with open(self.log, "ab") as log:
+            self._place = log.tell()
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if heard else log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C comes to the launcher alone, which passes it on
+                preexec_fn=bind if _LIBC else None,
+            )
+        self._close()
+        self._stream, self._line = self._process.stdout, b""
+        if self._stream is not None:
+            os.set_blocking(self._stream.fileno(), False)
+
+    @property
+    def running(self) -> bool:
+        """Whether its end has not been seen yet."""
+        return self._process is not None
+
+    @property
+    def output(self) -> int | None:
+        """The file to wait on for more `lines`; None where there will be none."""
+        return self._stream.fileno() if self._stream is not None else None
+
+    def lines(self) -> list[bytes]:
+        """The whole lines that it has written since the last call."""
+        whole: list[bytes] = []
+        while (fd := self.output) is not None:
+            try:
+                part = os.read(fd, 1 << 16)
+            except BlockingIOError:
+                break
+            if not part:
+                self._close()
+                break
+            *parts, self._line = (self._line + part).split(b"\n")
+            whole.extend(parts)
+        return whole
+
+    def poll(self) -> int | None:
+        """The status with which it has ended, once; what it had started is killed then. None while it runs, or is none."""
+        process = self._process
+        if process is None:
+            return None
+        if hasattr(os, "waitid"):  # look first: as long as it is not reaped, its group has its number
+            with contextlib.suppress(ChildProcessError):
+                if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                    return None
+            self._kill(process.pid)
+        code = process.poll()
+        if code is not None:
+            self._process = None
+        return code
+
+    def tell(self) -> None:
+        """Send it SIGTERM."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill it, and what it has started."""
+        if self._process is not None:
+            self._kill(self._process.pid)
+
+    def tail(self) -> tuple[str, ...]:
+        """The last lines that it has added to its log."""
+        try:
+            with open(self.log, "rb") as log:
+                log.seek(max(self._place, os.fstat(log.fileno()).st_size - (1 << 14)))
+                text = log.read().decode(errors="replace")
+        except OSError:
+            return ()
+        return tuple(line.rstrip() for line in text.splitlines() if line.strip())[-100:]
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream, self._line = None, b""
+
+    @staticmethod
+    def _kill(group: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
