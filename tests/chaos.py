@@ -205,7 +205,9 @@ def check(plan: Plan, home: Path, limit: float = 1800.0) -> dict[str, str]:
     )
     found["no process is left"] = "" if not left else f"{left}"
     found["nothing of the earlier run is touched"] = "" if digests(before) == kept else "its files differ"
-    (folder,) = (path for path in (home / "runs").iterdir() if path != before and path.is_dir() and not path.is_symlink())
+    (folder,) = (
+        path for path in (home / "runs").iterdir() if path != before and path.is_dir() and not path.is_symlink()
+    )
     model = net()
     model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))  # strictly: all of it is there
     trace = ob.Trace.read(folder / "trace.jsonl")
@@ -217,7 +219,10 @@ def check(plan: Plan, home: Path, limit: float = 1800.0) -> dict[str, str]:
     found["it has learnt"] = "" if last < 1.0 else f"the loss ends at {last:.3f}"
     said = (home / "said").read_text()
     found["every kill was said"] = "" if said.count("SIGKILL") >= plan.kills * 0.9 else f"{said.count('SIGKILL')} times"
-    print(f"{len(trace):,} gradients, {crashed} crashes in the trace, loss {last:.3f}, {trace[-1].seconds:.0f} s", flush=True)
+    print(
+        f"{len(trace):,} gradients, {crashed} crashes in the trace, loss {last:.3f}, {trace[-1].seconds:.0f} s",
+        flush=True,
+    )
     return found
 
 
@@ -227,7 +232,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--passes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--disk", type=int, default=4, help="megabytes of a tmpfs for the run; 0: the disk is not filled")
+    parser.add_argument(
+        "--disk", type=int, default=4, help="megabytes of a tmpfs for the run; 0: the disk is not filled"
+    )
     parser.add_argument("--out", type=Path, required=True)
     said = parser.parse_args()
     plan = Plan(said.workers, said.kills, said.passes, said.seed, disk=said.disk)

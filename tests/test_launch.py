@@ -166,6 +166,14 @@ def test_a_terminal_that_is_closed_does_not_end_the_launcher() -> None:
     assert "worker 0 ended with status 3" in Path("run/logs/launch.log").read_text()
 
 
+def test_a_log_that_cannot_be_written_does_not_end_the_run() -> None:
+    """The disk may be full, or the folder be gone."""
+    Path("run/logs/launch.log").mkdir(parents=True)
+    end, said = launch("sys.exit(3)", restarts=0)
+    assert end.ending is Ending.FAILED
+    assert "worker 0 ended with status 3" in "\n".join(said)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's word that a parent has died")
 def test_a_process_is_told_when_its_launcher_dies() -> None:
     launcher = os.fork()

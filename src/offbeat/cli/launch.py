@@ -212,6 +212,9 @@ def _finished(folder: Path, argv: Sequence[str], model: bool) -> list[list[str]]
         last = trace.evaluations[-1].figures if trace.evaluations else {}
         figures = {n: v for n, v in Run(x, trace, trace[-1].seconds, last).summary().items() if v == v}
     summary = {"command": command_line(argv), "failure": "", "message": "", "figures": figures}
-    (folder / "summary.json").write_text(dumps(summary, indent=1) + "\n", encoding="utf-8")
-    page((trace, summary), folder)
+    try:
+        (folder / "summary.json").write_text(dumps(summary, indent=1) + "\n", encoding="utf-8")
+        page((trace, summary), folder)
+    except OSError as error:  # the run is over, and its model is there
+        err.print(f"no summary and no page: {shown(error)}; then offbeat report {shown(folder)}")
     return entries(figures, trace) if figures else []

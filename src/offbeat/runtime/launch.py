@@ -102,6 +102,8 @@ class Launch:
                 note = json.loads(text)
             except ValueError:
                 continue
+            if not isinstance(note, dict):
+                continue
             if "address" in note:
                 self._addresses[name] = note["address"]
                 yield Listening(name, bool(note.get("over")))
@@ -114,9 +116,12 @@ class Launch:
     def _do(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Say):
-                with open(self._log, "a", encoding="utf-8", errors="backslashreplace") as log:
+                with (
+                    contextlib.suppress(OSError),  # the disk is full: the run goes on, and the terminal has the line
+                    open(self._log, "a", encoding="utf-8", errors="backslashreplace") as log,
+                ):
                     log.write(f"{time.strftime('%H:%M:%S')} {effect.text}\n")
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # the terminal is closed
                     self.say(effect.text)
                 continue
             process = self._processes[effect.name]
