@@ -155,6 +155,7 @@ def begin(folder: Path, argv: list[str], environment: dict[str, str], place: str
     os.environ.update(environment)
     os.chdir(place)
     sys.executable = argv[0]
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))  # as Python does when it starts
     what = [word for word in argv[1:] if word not in ("-m", "offbeat")][:1]
     with open(folder / "born", "a") as file:
         file.write(f"{os.getpid()} {Path(*what).stem} {environment.get('OFFBEAT_WORKER', '-')}\n")
@@ -170,6 +171,7 @@ def run(words: list[str]) -> int:
             sys.argv = ["offbeat", *words[2:]]
             command()
         sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
         runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -334,3 +334,19 @@ def test_a_port_that_is_taken_is_said_at_once(
         with pytest.raises(LinkLost, match=f"the run cannot be hosted at {address}: .*cannot listen at {address}"):
             place.host()
     assert not holds_run(Path("runs/job"))
+
+
+def test_a_method_of_one_s_own_is_trained_with_where_its_module_is_named(processes: Processes) -> None:
+    """The module lies beside the script, in another folder than the one of the launch; without its name the cure is told."""
+    folder = processes.folder / "project"
+    folder.mkdir()
+    mine = "import dataclasses, offbeat as ob\n@dataclasses.dataclass(frozen=True)\nclass MyOwn(ob.methods.ASGD):\n    '''Mine.'''\n"
+    (folder / "my_own.py").write_text(mine)
+    (folder / "train.py").write_text("from my_own import MyOwn\n" + TRAIN.replace("ob.methods.DanaZero", "MyOwn"))
+    words = ["launch", "--workers", "1", "--out"]
+    process = processes.offbeat(*words, "run", "--import", "my_own", "project/train.py", "1", "ends")
+    assert processes.ends(process) == 0, processes.said(process)
+    assert ob.Trace.read(processes.folder / "run/trace.jsonl").header["method"].startswith("MyOwn(lr=0.01")
+    process = processes.offbeat(*words, "other", "project/train.py", "1", "ends")
+    assert processes.ends(process) == 3
+    assert "start `offbeat launch` or `offbeat server` with --import methods" in processes.said(process)

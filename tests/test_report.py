@@ -12,8 +12,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 import offbeat as ob
+from offbeat import report
 from offbeat.experiment import NEEDED, Comparison, Grid, compare
 from offbeat.figures import entries
 from offbeat.report import DASHES, LIGHT, Single, load, page
@@ -276,3 +278,13 @@ def test_a_damaged_summary_is_named(tmp_path: Path, content: str) -> None:
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{tmp_path} has neither comparison\.json nor summary\.json: give a folder"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.1, 4.9), (1.0, 1.4), (0.2, 300.0), (5.0, 5.1)])
+def test_a_logarithmic_axis_has_a_few_numbers_however_little_it_spans(low: float, high: float) -> None:
+    axes = Figure().add_subplot()
+    axes.set_xlim(low, high)
+    report._even(axes, whole=False)
+    ticks = axes.xaxis.get_major_locator()()
+    assert 1 <= len(ticks) <= 6
+    assert all(low <= tick <= high for tick in ticks)

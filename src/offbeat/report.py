@@ -497,6 +497,7 @@ def _even(axes: Axes, whole: bool) -> None:
         [m * 10.0**k for k in tens for m in ms if low <= m * 10.0**k <= high] for ms in ((1,), (1, 2, 5))
     )
     ticks = between if len(between) <= 5 or len(powers) < 2 else powers
+    ticks = ticks or [float(f"{math.sqrt(low * high):.2g}")]  # where no round number is in between
     axes.xaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 5)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 from collections.abc import Sequence
 
@@ -46,6 +47,10 @@ def main(argv: Sequence[str]) -> int:
     except CellFailed as failed:
         err.print(f"offbeat: {shown(failed)}")
         return FAILED
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return INTERRUPTED  # the terminal is closed, so there is nowhere to say it
     except KeyboardInterrupt:
         err.print("offbeat: interrupted")
         return INTERRUPTED

@@ -52,6 +52,8 @@ ModuleNames = Annotated[tuple[str, ...], arg(name="import", metavar="MODULE [MOD
 
 def parse(command: Any, name: str, argv: Sequence[str]) -> Command:
     argv, script = _script(command, argv) if "script" in {f.name for f in fields(command)} else (argv, ())
+    if script and script[0] != "-m":  # what lies beside a script, --import finds as the script does
+        sys.path.append(str(Path(script[0]).resolve().parent))
     with told():
         default = command.defaults(argv)
     parts = [getattr(default, f.name) for f in fields(command) if hasattr(default, f.name)]
