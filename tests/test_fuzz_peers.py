@@ -168,11 +168,11 @@ def test_hellos_to_a_coordinator(kind: str, target: Callable[[str], Target]) -> 
         assert re.search(why, said), (name, value, said)
     for address in ("127.0.0.1", ":5", "127.0.0.1:0", "127.0.0.1:65536", "host:80", "1.2.3.4:8_0", "1.2.3.4:", None):
         assert "listens at" in refusal(call(one, hello(one, address=address))), address
-    for _ in range(NEWCOMERS):  # what is right where it must be, and anything elsewhere
+    for k in range(NEWCOMERS):  # what is right where it must be, and anything elsewhere
         odd = {name: anything(one.rng) for name in ("machine", "process", "named", "layout", "unknown")}
-        link = call(one, hello(one, **odd))
+        link = call(one, hello(one, worker=10 + k, **odd))  # a number twice is refused while the first is alive
         header, note = next(frames(link))
-        assert header.kind == Kind.WELCOME
+        assert header.kind == Kind.WELCOME, (note, odd)
         assert note["worker"] > 1
         link.close()
     assert len(one.check()) == HELLOS + 8
@@ -220,7 +220,7 @@ def test_words_of_newcomers_to_a_coordinator(kind: str, target: Callable[[str], 
     for _ in range(NEWCOMERS):
         link = call(one, hello(one))
         header, note = next(frames(link))
-        assert header.kind == Kind.WELCOME
+        assert header.kind == Kind.WELCOME, (note, odd)
         try:
             for _ in range(one.rng.randrange(4)):
                 link.send(*words(one.rng, note["incarnation"]))
