@@ -220,7 +220,7 @@ def test_words_of_newcomers_to_a_coordinator(kind: str, target: Callable[[str], 
     for _ in range(NEWCOMERS):
         link = call(one, hello(one))
         header, note = next(frames(link))
-        assert header.kind == Kind.WELCOME, (note, odd)
+        assert header.kind == Kind.WELCOME, note
         try:
             for _ in range(one.rng.randrange(4)):
                 link.send(*words(one.rng, note["incarnation"]))

@@ -634,7 +634,7 @@ class Host(ABC):
                 mine = before.process == process
                 there = not mine and before.link.living(3 * self.terms.beat)
             else:
-                mine = self.coming.get(asked, process) == process
+                mine = asked not in self.coming or self.coming[asked] == process
                 there = not mine
             if mine or (note.get("named", True) and not there):
                 return int(asked)
