@@ -147,7 +147,10 @@ def test_the_end_of_a_pass_that_one_worker_finds_is_that_of_all() -> None:
     assert got(leases, 1, pass_(0, None), 3) == [(0, 3), (0, 4), (0, 5)]
     leases.hear(1, {"open": pass_(0, None), "end": 4, "want": 0})
     leases.give_back(1, [Lease(COUNTED, 0, 4), Lease(COUNTED, 0, 5)])
-    assert leases.hear(0, {"want": 5})["leases"] == []
+    assert leases.hear(0, {"open": pass_(0, None), "want": 5})["leases"] == []
+    again = Leases()
+    again.load(leases.state())
+    assert again.passes[COUNTED, 0].end == 4
     use(leases, 0)
     use(leases, 1)
     assert leases.is_over((COUNTED, 0))

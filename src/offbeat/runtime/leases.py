@@ -78,8 +78,11 @@ class Grant(NamedTuple):
 class Pass:
     """A pass that is not over."""
 
-    length: int | None
+    length: int | None  # as workers open it
     order: str
+    end: float = (
+        math.inf
+    )  # how many minibatches it has; unknown where it has no length, and less than that where a sampler errs
     next: int = 0  # the first minibatch that was never given
     returned: list[int] = field(default_factory=list)  # given back: a heap
     again: list[int] = field(default_factory=list)  # that have failed once and wait to be tried again
@@ -88,10 +91,14 @@ class Pass:
     out: int = 0  # leases that are with workers
     drained: bool = False  # a worker has gone on, as nothing was left for it
 
+    def __post_init__(self) -> None:
+        if self.length is not None:
+            self.end = min(self.end, self.length)
+
     @property
     def new(self) -> float:
         """How many were never given."""
-        return math.inf if self.length is None else self.length - self.next
+        return self.end - self.next
 
     @property
     def over(self) -> bool:
@@ -164,9 +171,9 @@ class Leases:
     def end(self, key: Key, length: int) -> None:
         """A pass has only so many minibatches, as a worker has found."""
         there = self.passes.get(key)
-        if there is not None and (there.length is None or length < there.length):
-            there.length = max(0, length)
-            there.next = min(there.next, there.length)
+        if there is not None and 0 <= length < there.end:
+            there.end = length
+            there.next = min(there.next, length)
             there.returned = [i for i in there.returned if i < length]
             heapq.heapify(there.returned)
             self._close(key)
@@ -219,7 +226,7 @@ class Leases:
                 continue
             if index in there.failed:
                 there.again.append(index)
-            elif index < (math.inf if there.length is None else there.length):
+            elif index < there.end:
                 heapq.heappush(there.returned, index)
             self._close(key)
 
@@ -272,7 +279,9 @@ class Leases:
             return {"epoch": self.epoch()}
         want = want if type(want) is int and 0 <= want <= 10_000 else 1
         grant = self.take(worker, want, note.get("fed") is not False, bool(note.get("own")))
-        return {"leases": grant.leases, "order": grant.order, "wait": grant.wait}
+        here = self.at.get(worker)
+        other = {"order": grant.order} if grant.leases and here is not None and grant.order != here.order else {}
+        return {"leases": grant.leases, **other, **({"wait": True} if grant.wait else {})}
 
     def state(self) -> dict[str, Any]:
         """All of it, for a snapshot; what is with workers counts as given back."""
@@ -282,6 +291,7 @@ class Leases:
                 "key": list(key),
                 "length": there.length,
                 "order": there.order,
+                "end": None if there.end == math.inf else there.end,
                 "next": there.next,
                 "returned": there.returned + [i for *k, i in held if tuple(k) == key and i not in there.failed],
                 "again": there.again + [i for *k, i in held if tuple(k) == key and i in there.failed],
@@ -298,7 +308,8 @@ class Leases:
         self.done, self.first = state["done"], dict(state["first"])
         self.over = {series: set(numbers) for series, numbers in state["over"].items()}
         for about in state["passes"]:
-            there = self.passes[about["key"][0], about["key"][1]] = Pass(about["length"], about["order"], about["next"])
+            there = self.passes[about["key"][0], about["key"][1]] = Pass(about["length"], about["order"])
+            there.end, there.next = math.inf if about["end"] is None else about["end"], about["next"]
             there.returned, there.again = sorted(about["returned"]), list(about["again"])
             there.failed, there.drained = set(about["failed"]), about["drained"]
 
