@@ -150,6 +150,7 @@ class RunServer(Host):
             if reply is None:
                 return False
             self._answer(session, *reply, leases)
+            del message, reply  # whose memory would else be kept until the next ones are there
 
     def _check(self, session: Visitor, header: Header) -> None:
         """`Corrupt` unless the header is of this life of this worker, and next in order."""
