@@ -327,6 +327,20 @@ def test_a_crash_is_mended_although_the_server_says_nothing() -> None:
     assert "worker 1" in world.running
 
 
+def test_a_server_that_writes_the_model_is_waited_for() -> None:
+    """However long it tries to, as on a full disk: it ends by itself, and its status is how the run has ended."""
+    world = World.begun()
+    world.finished = {0, 1}
+    world.exits("worker 0")
+    world.exits("worker 1")
+    world(Status(world.now, dict(world.lives), dict(world.steps), frozenset(world.finished), "the model is written"))
+    world.passes(100)
+    assert Tell("server 0") not in world.did
+    world.exits("server 0")
+    end(world, Ending.OVER)
+    assert "all workers have ended" not in world.said()
+
+
 def test_all_workers_have_ended_well_though_the_run_does_not_count_as_over() -> None:
     """Their loops ended by a break: the launcher ends the server, and the run is over."""
     world = World.begun()

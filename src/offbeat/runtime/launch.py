@@ -109,7 +109,7 @@ class Launch:
                 yield Listening(name, bool(note.get("over")))
             elif name == self._servers[0]:
                 lives, steps = ({int(i): n for i, n in note[part].items()} for part in ("lives", "steps"))
-                yield Status(note["made"], lives, steps, frozenset(note["finished"]))
+                yield Status(note["made"], lives, steps, frozenset(note["finished"]), note["ending"])
                 with contextlib.suppress(OSError):  # the terminal is closed
                     self.watch(note | {"workers": [numbers(worker) for worker in note["workers"]]})
 

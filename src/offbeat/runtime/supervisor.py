@@ -74,12 +74,13 @@ class Listening:
 @dataclass(frozen=True)
 class Status:
     """What the first server knows at time ``made`` of workers that have joined it: the last life, the gradients in all lives, and
-    whether the loop has ended."""
+    whether the loop has ended; and what it still does where the run is over."""
 
     made: float
     lives: Mapping[int, int] = field(default_factory=dict)
     steps: Mapping[int, int] = field(default_factory=dict)
     finished: frozenset[int] = frozenset()
+    ending: str = ""
 
 
 @dataclass(frozen=True)
@@ -332,8 +333,8 @@ class Supervisor:
         well = [m.name for m in self.workers if m.code == 0 or m.number in self._status.finished]
         if not well:
             self._stop(now, Ending.FAILED, "no worker is left")
-        elif not all(m.listening for m in self.servers):
-            self._idle = None  # one that is being started again goes on from its snapshot first
+        elif self._status.ending or not all(m.listening for m in self.servers):
+            self._idle = None  # it writes the model; or is being started again, and goes on from its snapshot first
         elif self._idle is None:
             self._idle = now
         elif now - self._idle >= SETTLING:
