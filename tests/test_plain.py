@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
 import math
 from pathlib import Path
@@ -18,6 +17,11 @@ from offbeat.plain import dumps, numbers
 from offbeat.runtime.launch import Launch
 
 STATUS = {
+    "made": 1.0,
+    "lives": {},
+    "steps": {},
+    "finished": [],
+    "ending": False,
     "seconds": 1.5,
     "gradients": 3,
     "total": None,
@@ -64,7 +68,8 @@ def test_a_servers_status_is_json_that_the_launcher_reads(
     assert strict(text)["workers"][0]["gap"] is None
     seen: list[dict[str, Any]] = []
     launch = Launch(tmp_path, ["server"], ["worker"], 1, watch=seen.append)
-    launch._listen(0, io.BytesIO(text.encode() + b"no json\n"))  # type: ignore[arg-type]
+    launch._servers = ["server 0"]
+    assert len(list(launch._hear("server 0", [text.encode(), b"no json\n", b"7\n"]))) == 1
     (status,) = seen
     assert [math.isnan(status["workers"][0][name]) for name in ("rate", "gap", "loss", "lag")] == [
         True,
