@@ -46,6 +46,7 @@ class Target:
             self.step()
         self.expected = 0
         self.x, self.state = self.run.x().clone(), [t.clone() for t in leaves(self.run)]
+        self.run.trace()  # whose file is open from now on
         gc.collect()
         self.threads, self.files, self.size = threading.active_count(), files(), resident()
 
