@@ -175,7 +175,7 @@ def measured(problem: Problem, points: Sequence[Point], gradients: int) -> tuple
         return 1, 1
     for _ in range(2):  # these say what a run would warn of anyway
         alone, seconds = _timed(lambda: _alone(points[0]))
-    affordable = int(max(TRIAL, TRIAL * gradients * seconds) / seconds)
+    affordable = int(max(TRIAL / seconds, TRIAL * gradients))
     room = problem.room(points[0]) if affordable >= 2 * (TIMES + 2) else 1
     if (lanes := min(len(points), room, affordable // (TIMES + 2))) > 1:
         try:
