@@ -9,7 +9,6 @@ refuses all others.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -216,16 +215,8 @@ def test_peers_come_and_go(cls: type[ob.Method], moved: Callable[..., Moved]) ->
 
 def together(run: Run, act: Callable[[int], None]) -> None:
     """Both workers' scripts, in threads, to the end of the run."""
-
-    def live(worker: int) -> None:
-        try:
-            act(worker)
-        except BaseException as error:
-            run.errors.append(error)
-
     for worker in range(2):
-        run.threads.append(threading.Thread(target=live, args=(worker,), daemon=True))
-        run.threads[-1].start()
+        run.script(act, worker)
     run.end()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -237,21 +236,17 @@ def test_peers_average_what_their_scripts_have_set(runs: Callable[..., Run]) -> 
     ends: dict[int, Tensor] = {}
 
     def live(worker: int) -> None:
-        try:
-            model = net()
-            replica = ob.Replica(model, run.method, place=replace(run.place, worker=worker))
-            fill(model, 6.0 + worker)
-            for _ in range(2):
-                stay(model)
-                replica.step()
-            ends[worker] = vector(model)
-            replica.leave()
-        except BaseException as error:
-            run.errors.append(error)
+        model = net()
+        replica = ob.Replica(model, run.method, place=replace(run.place, worker=worker))
+        fill(model, 6.0 + worker)
+        for _ in range(2):
+            stay(model)
+            replica.step()
+        ends[worker] = vector(model)
+        replica.leave()
 
     for i in range(2):
-        run.threads.append(threading.Thread(target=live, args=(i,), daemon=True))
-        run.threads[-1].start()
+        run.script(live, i)
     x, trace = run.end()
     for end in (*ends.values(), x):
         torch.testing.assert_close(end, torch.full_like(end, 6.5))
@@ -484,40 +479,36 @@ def test_uneven_states_of_optimizers_are_averaged_entry_by_entry(name: str, runs
     after: dict[int, dict[tuple[str, str], Tensor]] = {}
 
     def live(worker: int) -> None:
-        try:
-            model = Odd()
-            optimizer = UNEVEN[name](model)
-            replica = ob.Replica(model, run.method, optimizer=optimizer, place=replace(run.place, worker=worker))
+        model = Odd()
+        optimizer = UNEVEN[name](model)
+        replica = ob.Replica(model, run.method, optimizer=optimizer, place=replace(run.place, worker=worker))
 
-            def entries() -> dict[tuple[str, str], Tensor]:
-                return {
-                    (which, entry): value.clone()
-                    for which, p in model.named_parameters()
-                    for entry, value in optimizer.state[p].items()
-                    if isinstance(value, Tensor) and value.shape == p.shape and entry != "step"
-                }
+        def entries() -> dict[tuple[str, str], Tensor]:
+            return {
+                (which, entry): value.clone()
+                for which, p in model.named_parameters()
+                for entry, value in optimizer.state[p].items()
+                if isinstance(value, Tensor) and value.shape == p.shape and entry != "step"
+            }
 
-            rule = replica._lending.rule
-            assert rule is not None
-            take = rule.take
+        rule = replica._lending.rule
+        assert rule is not None
+        take = rule.take
 
-            def spy(closure: Any = None) -> None:
-                take(closure)
-                before[worker] = entries()
+        def spy(closure: Any = None) -> None:
+            take(closure)
+            before[worker] = entries()
 
-            object.__setattr__(rule, "take", spy)
-            for k in range(4):
-                model(torch.full((2, 4), 0.1 * (k + 1) * (worker + 1)), worker == 0).square().mean().backward()
-                replica.step()
-            after[worker] = entries()
-            assert all(int(s["step"]) == 4 for s in optimizer.state.values() if "step" in s)
-            replica.leave()
-        except BaseException as error:
-            run.errors.append(error)
+        object.__setattr__(rule, "take", spy)
+        for k in range(4):
+            model(torch.full((2, 4), 0.1 * (k + 1) * (worker + 1)), worker == 0).square().mean().backward()
+            replica.step()
+        after[worker] = entries()
+        assert all(int(s["step"]) == 4 for s in optimizer.state.values() if "step" in s)
+        replica.leave()
 
     for i in range(2):
-        run.threads.append(threading.Thread(target=live, args=(i,), daemon=True))
-        run.threads[-1].start()
+        run.script(live, i)
     run.end()
     assert set(after[1]) == {key for key in after[0] if key[0] != "table"}
     assert (name == "Adafactor") == (set(after[1]) == set(after[0])), "which keeps no entry of its shape for a matrix"

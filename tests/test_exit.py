@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import offbeat as ob
-from offbeat.runtime.exit import Ending, failed
+from offbeat.runtime.exit import ScriptEnd, failed
 from offbeat.runtime.host import Terms
 
 Serve = Callable[..., Serving]
@@ -44,22 +44,22 @@ def _as_before() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("ending", "why"),
     [
-        (Ending(steps=9, unfinished=False), ""),
-        (Ending(steps=0, unfinished=False), ""),  # started again, when its passes were over
-        (Ending(steps=9, unfinished=None), ""),  # a loop without a loader
-        (Ending(steps=9, unfinished=False, status=0), ""),
-        (Ending(steps=9, unfinished=False, told=True), ""),
-        (Ending(steps=9, unfinished=None, told=True), "SIGTERM"),
-        (Ending(steps=9, unfinished=True), "broken off"),
-        (Ending(steps=0, unfinished=None), "no step"),
-        (Ending(steps=9, unfinished=False, status=1), "status 1"),
-        (Ending(steps=9, unfinished=None, status="no data"), "'no data'"),
-        (Ending(steps=9, unfinished=True, status=2), "status 2"),
-        (Ending(steps=9, unfinished=False, error=BOOM), "RuntimeError"),
-        (Ending(steps=9, unfinished=None, error=KeyboardInterrupt()), "KeyboardInterrupt"),
+        (ScriptEnd(steps=9, unfinished=False), ""),
+        (ScriptEnd(steps=0, unfinished=False), ""),  # started again, when its passes were over
+        (ScriptEnd(steps=9, unfinished=None), ""),  # a loop without a loader
+        (ScriptEnd(steps=9, unfinished=False, status=0), ""),
+        (ScriptEnd(steps=9, unfinished=False, told=True), ""),
+        (ScriptEnd(steps=9, unfinished=None, told=True), "SIGTERM"),
+        (ScriptEnd(steps=9, unfinished=True), "broken off"),
+        (ScriptEnd(steps=0, unfinished=None), "no step"),
+        (ScriptEnd(steps=9, unfinished=False, status=1), "status 1"),
+        (ScriptEnd(steps=9, unfinished=None, status="no data"), "'no data'"),
+        (ScriptEnd(steps=9, unfinished=True, status=2), "status 2"),
+        (ScriptEnd(steps=9, unfinished=False, error=BOOM), "RuntimeError"),
+        (ScriptEnd(steps=9, unfinished=None, error=KeyboardInterrupt()), "KeyboardInterrupt"),
     ],
 )
-def test_what_counts_as_done(ending: Ending, why: str) -> None:
+def test_what_counts_as_done(ending: ScriptEnd, why: str) -> None:
     assert bool(ending.undone) == bool(why)
     assert why in ending.undone
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import offbeat as ob
 from offbeat.runtime.host import Terms
-from offbeat.runtime.layout import Entry, difference, layout_of, plain_name, read
+from offbeat.runtime.layout import ParameterEntry, difference, layout_of, plain_name, read
 from offbeat.runtime.worker import Worker, train
 
 PROBLEM = ob.tasks.Quadratic(d=11)
@@ -84,7 +84,7 @@ def test_a_part_may_be_wrapped_and_a_users_own_names_stay() -> None:
 
 
 def test_what_makes_no_sense_is_no_layout() -> None:
-    assert read([["a", [2, 3]], ["b", []]]) == [Entry("a", (2, 3)), Entry("b", ())]
+    assert read([["a", [2, 3]], ["b", []]]) == [ParameterEntry("a", (2, 3)), ParameterEntry("b", ())]
     for odd in (
         None,
         7,
@@ -101,11 +101,11 @@ def test_what_makes_no_sense_is_no_layout() -> None:
 
 
 def test_the_first_difference_names_both() -> None:
-    ours = [Entry("a", (2, 3)), Entry("b", (4,))]
+    ours = [ParameterEntry("a", (2, 3)), ParameterEntry("b", (4,))]
     assert difference(ours, ours) == ""
     theirs = "parameter {} is {} in the worker's model and {} in the run's"
     assert difference([ours[1], ours[0]], ours) == theirs.format(0, "b [4]", "a [2, 3]")
-    assert difference([ours[0], Entry("b", (2, 2))], ours) == theirs.format(1, "b [2, 2]", "b [4]")
+    assert difference([ours[0], ParameterEntry("b", (2, 2))], ours) == theirs.format(1, "b [2, 2]", "b [4]")
     assert difference(ours[:1], ours) == theirs.format(1, "none", "b [4]")
 
 

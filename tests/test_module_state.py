@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import offbeat as ob
 from offbeat.core.problem import Point
-from offbeat.tasks.state import Kept
+from offbeat.tasks.state import Attributes
 
 DRAW = torch.Generator().manual_seed(1)
 INPUTS, LABELS = torch.randn(60, 6, generator=DRAW), torch.randint(3, (60,), generator=DRAW)
@@ -330,15 +330,15 @@ def test_kept_values_are_compared_as_they_were() -> None:
     net = Net()
     net.box, net.array, net.names, net.draw = Box(), numpy.zeros(3), {"b", "a"}, torch.Generator()  # type: ignore[assignment]
     net.numpy, net.act_ = numpy.random.default_rng(1), lambda x: x  # type: ignore[assignment]
-    before = Kept.by(net)
-    assert before.changed(Kept.by(net)) == []
+    before = Attributes.by(net)
+    assert before.changed(Attributes.by(net)) == []
     net.box.number = 2  # type: ignore[union-attr, assignment]
     net.array[1] = 1  # type: ignore[operator, index]
     net.names.add("c")  # type: ignore[operator, union-attr]
     torch.rand(1, generator=net.draw)  # type: ignore[arg-type, call-overload]
     net.numpy.random()  # type: ignore[operator, union-attr]
     net.act_ = lambda x: -x  # type: ignore[assignment]
-    assert sorted(before.changed(Kept.by(net))) == ["array", "box", "draw", "names", "numpy"]
+    assert sorted(before.changed(Attributes.by(net))) == ["array", "box", "draw", "names", "numpy"]
 
 
 # complex numbers

@@ -67,10 +67,14 @@ class Run:
 
     def start(self, worker: int, act: Callable[[Driver], None]) -> None:
         """``worker`` joins and does ``act``, in a thread of its own."""
+        self.script(lambda: act(self.enter(worker)))
+
+    def script(self, act: Callable[..., object], *args: Any) -> None:
+        """Do ``act`` in a thread of its own. What it raises is an error of the run, which `end` shows."""
 
         def live() -> None:
             try:
-                act(self.enter(worker))
+                act(*args)
             except BaseException as error:
                 self.errors.append(error)
 
@@ -588,28 +592,24 @@ def test_replicas_are_equal_after_an_average_though_a_scaler_skips_steps(runs: C
     models: dict[int, list[Tensor]] = {0: [], 1: []}
 
     def live(worker: int) -> None:
-        try:
-            torch.manual_seed(0)
-            model = nn.Linear(4, 2)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-            place = replace(run.place, worker=worker)
-            replica = ob.Replica(model, run.method, optimizer=optimizer, place=place)
-            scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
-            for k in range(12):
-                x = torch.full((3, 4), 0.1 * (k + 1) * (worker + 1))
-                loss = model(x).square().mean() * (float("inf") if worker == 1 and k % 3 == 1 else 1.0)
-                scaler.scale(loss).backward()
-                scaler.step(replica)
-                scaler.update()
-                if k % 3 == 2:
-                    models[worker].append(replica.flat.held.clone())
-            replica.leave()
-        except BaseException as error:
-            run.errors.append(error)
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        place = replace(run.place, worker=worker)
+        replica = ob.Replica(model, run.method, optimizer=optimizer, place=place)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
+        for k in range(12):
+            x = torch.full((3, 4), 0.1 * (k + 1) * (worker + 1))
+            loss = model(x).square().mean() * (float("inf") if worker == 1 and k % 3 == 1 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(replica)
+            scaler.update()
+            if k % 3 == 2:
+                models[worker].append(replica.flat.held.clone())
+        replica.leave()
 
     for i in range(2):
-        run.threads.append(threading.Thread(target=live, args=(i,), daemon=True))
-        run.threads[-1].start()
+        run.script(live, i)
     run.end()
     assert len(models[0]) == len(models[1]) == 4
     for a, b in zip(models[0], models[1], strict=True):
@@ -812,20 +812,16 @@ def test_slow_mo_takes_the_rates_of_the_users_scheduler(runs: Callable[..., Run]
     ends: dict[int, Tensor] = {}
 
     def live(worker: int, mine: nn.Module) -> None:
-        try:
-            one = Paced(mine)
-            place = replace(run.place, worker=worker)
-            replica = ob.Replica(mine, run.method, optimizer=one.optimizer, place=place)
-            for minibatches in data[worker]:
-                one.step(minibatches, replica.step)
-            ends[worker] = nn.utils.parameters_to_vector(mine.parameters()).detach().clone()
-            replica.leave()
-        except BaseException as error:
-            run.errors.append(error)
+        one = Paced(mine)
+        place = replace(run.place, worker=worker)
+        replica = ob.Replica(mine, run.method, optimizer=one.optimizer, place=place)
+        for minibatches in data[worker]:
+            one.step(minibatches, replica.step)
+        ends[worker] = nn.utils.parameters_to_vector(mine.parameters()).detach().clone()
+        replica.leave()
 
     for i in range(WORKERS):
-        run.threads.append(threading.Thread(target=live, args=(i, copy.deepcopy(model)), daemon=True))
-        run.threads[-1].start()
+        run.script(live, i, copy.deepcopy(model))
     run.end()
     wanted = slow_mo_by_hand(model, data, lambda rates: sum(rates) / len(rates))
     for i in range(WORKERS):

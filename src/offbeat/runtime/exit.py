@@ -31,18 +31,17 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .patience import Patient
+from .supervisor import GRACE
 
 if TYPE_CHECKING:
     from .worker import Driver
 
-GRACE = 10.0
-"""Seconds from SIGTERM to SIGKILL, where ``OFFBEAT_GRACE`` says nothing else."""
 ONCE = 0.25
 """Seconds within which several SIGTERMs are one: a scheduler signals all processes of a job, and their launcher passes it on."""
 
 
 @dataclass(frozen=True)
-class Ending:
+class ScriptEnd:
     """What is known of a script that ends without having left its run."""
 
     steps: int
@@ -161,13 +160,13 @@ class Member:
             self._finalizer.cancel()
         _here.remove(self)
 
-    def _ending(self, error: BaseException | None) -> Ending:
+    def _ending(self, error: BaseException | None) -> ScriptEnd:
         last, status = _last_error(), _here.status
         if error is None and last is not self._seen:
             error = last
         if isinstance(error, SystemExit):
             status, error = error.code, None
-        return Ending(self.steps, self.unfinished, status, error, self.told())
+        return ScriptEnd(self.steps, self.unfinished, status, error, self.told())
 
     def _exit(self) -> None:
         self.end(sys.exc_info()[1])  # which a child of multiprocessing ends with

@@ -60,7 +60,7 @@ class Refused(ValueError):
     """A message or a worker that is not taken: the reason, and how the run stays."""
 
 
-class Taken(Refused):
+class NumberInUse(Refused):
     """The number of a worker that wants to join belongs to another one, which is alive. The worker asks again for a while; ``said``:
     that it has asked before is in the log."""
 
@@ -477,9 +477,9 @@ class Host(ABC):
             self._refuse(str(corrupt))
             self._tell(link, str(corrupt), "corrupt")
         except Refused as refused:
-            if not (isinstance(refused, Taken) and refused.said):
+            if not (isinstance(refused, NumberInUse) and refused.said):
                 self._refuse(str(refused))
-            kinds = {Diverging: "diverged", Taken: "taken"}
+            kinds = {Diverging: "diverged", NumberInUse: "taken"}
             self._tell(link, str(refused), kinds.get(type(refused), "refused"))
         except LinkLost as lost:
             if not self.stopping.is_set():
@@ -639,7 +639,7 @@ class Host(ABC):
             if mine or (note.get("named", True) and not there):
                 return int(asked)
             if note.get("named", True):
-                refused = Taken(
+                refused = NumberInUse(
                     f"worker {asked} is another process, which is alive: unset OFFBEAT_WORKER, or give each worker a number of "
                     "its own"
                 )

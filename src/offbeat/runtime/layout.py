@@ -15,7 +15,7 @@ WRAPPERS = {
 and those whose attribute's name a user may have as well."""
 
 
-class Entry(NamedTuple):
+class ParameterEntry(NamedTuple):
     """One parameter."""
 
     name: str
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
         return f"{self.name[:200]} {list(self.shape)}"
 
 
-Layout = list[Entry]
+Layout = list[ParameterEntry]
 
 
 def plain_name(model: nn.Module, name: str) -> str:
@@ -44,13 +44,13 @@ def plain_name(model: nn.Module, name: str) -> str:
 def layout_of(model: nn.Module) -> Layout:
     """The layout of the model's trainable parameters, as the user's own module names them."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [Entry(plain_name(model, name), tuple(p.shape)) for name, p in named]
+    return [ParameterEntry(plain_name(model, name), tuple(p.shape)) for name, p in named]
 
 
 def read(given: Any) -> Layout:
     """The layout that another process has told, as JSON; empty where it tells none or what it tells makes no sense."""
     try:
-        entries = [Entry(name, tuple(shape)) for name, shape in given]
+        entries = [ParameterEntry(name, tuple(shape)) for name, shape in given]
     except (TypeError, ValueError):
         return []
     well = all(isinstance(e.name, str) and all(type(n) is int and n >= 0 for n in e.shape) for e in entries)

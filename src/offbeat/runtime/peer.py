@@ -37,7 +37,7 @@ from .place import Place
 from .shared_state import Shared, greeted
 from .team import Team
 from .way import offered, taken
-from .worker import Driver, Parse, Taken, Terms, TurnedAway
+from .worker import Driver, NumberTaken, Parse, Terms, TurnedAway
 
 if TYPE_CHECKING:
     from .gloo import Group
@@ -274,7 +274,7 @@ class Peer(Driver):
         frame = greeted(link, head, self.hello | about, self.shared)
         if frame.header.kind == Kind.REFUSED:
             why = f"the coordinator at {address} refuses this worker: {frame.note['why']}"
-            raise Taken(why, frame.note["timeout"]) if frame.note["what"] == "taken" else ValueError(why)
+            raise NumberTaken(why, frame.note["timeout"]) if frame.note["what"] == "taken" else ValueError(why)
         note = frame.note
         link.timeout = self.timeout = float(note["timeout"])
         link.sock.settimeout(link.timeout)

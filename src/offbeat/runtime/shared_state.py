@@ -40,7 +40,7 @@ FILE = "shared-state.pt"
 DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype) and not str(d).startswith("torch.q")}
 
 
-class Entry(NamedTuple):
+class StateEntry(NamedTuple):
     """A frozen parameter or a buffer."""
 
     name: str
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
 class Told(NamedTuple):
     """What a worker tells of its model's frozen parameters and buffers."""
 
-    entries: list[Entry]
+    entries: list[StateEntry]
     keys: list[tuple[str, str]]
     """Of the module's ``state_dict``, each with the name of what is there: tied parameters have several keys and one name."""
     digests: list[int | None]
@@ -77,7 +77,7 @@ class Told(NamedTuple):
         try:
             entries, keys, digests, whole = given
             told = cls(
-                [Entry(str(n), tuple(map(int, shape)), str(d), bool(b)) for n, shape, d, b in entries],
+                [StateEntry(str(n), tuple(map(int, shape)), str(d), bool(b)) for n, shape, d, b in entries],
                 [(str(key), str(name)) for key, name in keys],
                 [None if d is None else int(d) for d in digests],
                 bool(whole),
@@ -103,7 +103,7 @@ class Shared:
         """
         self.whole = whole
         self.places: list[tuple[nn.Module, str]] = []
-        self.entries: list[Entry] = []
+        self.entries: list[StateEntry] = []
         self.keys: list[tuple[str, str]] = []
         names: dict[int, str] = {}
         for prefix, module in model.named_modules(remove_duplicate=False):
@@ -115,7 +115,7 @@ class Shared:
                     names[id(t)] = path
                     if buffer or not t.requires_grad:
                         self.places.append((module, key))
-                        self.entries.append(Entry(path, tuple(local(t).shape), str(t.dtype), buffer))
+                        self.entries.append(StateEntry(path, tuple(local(t).shape), str(t.dtype), buffer))
                 if key not in module._non_persistent_buffers_set:
                     self.keys.append((path, names[id(t)]))
         self.compared = [buffers or not entry.buffer for entry in self.entries]
@@ -312,5 +312,5 @@ def digest(t: Tensor) -> int:
     return total
 
 
-def _shaped(data: Tensor, entry: Entry) -> Tensor:
+def _shaped(data: Tensor, entry: StateEntry) -> Tensor:
     return data.view(DTYPES[entry.dtype]).view(entry.shape)

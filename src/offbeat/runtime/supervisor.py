@@ -151,7 +151,7 @@ class Ending(Enum):
 
 
 @dataclass
-class Member:
+class Child:
     """One of the run's processes, through all its restarts."""
 
     name: str
@@ -196,8 +196,8 @@ class Supervisor:
     """Decides for ``servers`` and ``workers`` processes; each may be started again ``restarts`` times an hour."""
 
     def __init__(self, servers: int, workers: int, restarts: int, logs: str = "logs") -> None:
-        def member(kind: str, number: int) -> Member:
-            return Member(f"{kind} {number}", number, kind == "server", f"{logs}/{kind}-{number}.log")
+        def member(kind: str, number: int) -> Child:
+            return Child(f"{kind} {number}", number, kind == "server", f"{logs}/{kind}-{number}.log")
 
         self.servers = [member("server", k) for k in range(servers)]
         self.workers = [member("worker", i) for i in range(workers)]
@@ -375,7 +375,7 @@ class Supervisor:
         for m in self.workers:
             self._ask(m, now, GRACE)
 
-    def _judge(self, m: Member, now: float) -> None:
+    def _judge(self, m: Child, now: float) -> None:
         """A process has died by itself: is it started again?"""
         worker, over = not m.serves, self.phase is Phase.CLOSING
         if worker and not over and self._status.made <= m.died and now < m.died + FRESH:
@@ -391,7 +391,7 @@ class Supervisor:
             m.due, m.state = m.died + m.pause, State.WAITING
             self._say(f"{m.name} {m.how}: starting it again in {m.pause:g} s (see {m.log})")
 
-    def _hopeless(self, m: Member) -> str:
+    def _hopeless(self, m: Child) -> str:
         """Why a process that has died is not started again; nothing where it is, which is counted."""
         error = _error(m.lines)
         program = _of_the_program(error)
@@ -408,7 +408,7 @@ class Supervisor:
             f"once more; {self.restarts} restarts an hour are allowed (--restarts)" if m.level > self.restarts else ""
         )
 
-    def _give_up(self, m: Member, now: float, why: str) -> None:
+    def _give_up(self, m: Child, now: float, why: str) -> None:
         if m.serves:
             self._stop(now, Ending.FAILED, f"{m.name} {m.how} {why}:{m.last}")
             return
@@ -418,13 +418,13 @@ class Supervisor:
         )
         self._fails(m, f"{m.name} {m.how} {why}: it is given up, and {rest}:{m.last}")
 
-    def _fails(self, m: Member, text: str) -> None:
+    def _fails(self, m: Child, text: str) -> None:
         m.state = State.ENDED
         if m.code > 0:
             self.failed.append(m.name)
         self._say(text)
 
-    def _late(self, m: Member, now: float) -> None:
+    def _late(self, m: Child, now: float) -> None:
         """A process that was asked to end, or killed, is still there."""
         if not m.killed:
             self._say(f"{m.name} has not ended {m.grace:g} s after it was asked to: it is killed")
@@ -435,18 +435,18 @@ class Supervisor:
 
     # effects
 
-    def _start(self, m: Member, now: float) -> None:
+    def _start(self, m: Child, now: float) -> None:
         m.state, m.born, m.joined, m.stepped = State.RUNNING, now, False, False
         m.life, m.steps = self._status.lives.get(m.number, 0), self._status.steps.get(m.number, 0)
         self._effects.append(Start(m.name))
 
-    def _ask(self, m: Member, now: float, grace: float) -> None:
+    def _ask(self, m: Child, now: float, grace: float) -> None:
         """Ask a process to end, once."""
         if m.state is State.RUNNING and not m.told:
             m.told, m.grace, m.limit = True, grace, now + grace
             self._effects.append(Tell(m.name))
 
-    def _kill(self, m: Member, now: float) -> None:
+    def _kill(self, m: Child, now: float) -> None:
         m.killed, m.limit = True, now + GRACE
         self._effects.append(Kill(m.name))
 

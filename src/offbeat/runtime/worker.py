@@ -132,7 +132,7 @@ class Alone(Exchange):
         pass
 
 
-class Taken(LinkLost):
+class NumberTaken(LinkLost):
     """The number of this worker belongs to another one; ``timeout`` is after how many seconds of silence that would be dead."""
 
     def __init__(self, why: str, timeout: float) -> None:
@@ -150,8 +150,8 @@ class TurnedAway:
 
     def look(self, lost: Exception) -> bool:
         """Whether that is why nothing came of dialling; it is said once. `over` says whether it has gone on for long enough."""
-        taken = lost if isinstance(lost, Taken) else lost.__cause__  # as the ranks of a worker tell each other
-        if not isinstance(taken, Taken):
+        taken = lost if isinstance(lost, NumberTaken) else lost.__cause__  # as the ranks of a worker tell each other
+        if not isinstance(taken, NumberTaken):
             self.over = False
             return False
         if self.until == math.inf:
@@ -271,7 +271,7 @@ class Remote(Exchange):
                 if frame.note["what"] == "kind":
                     raise OtherKind(self.parse(why))
                 if frame.note["what"] == "taken":
-                    raise Taken(f"the server at {address} refuses this worker: {why}", frame.note["timeout"])
+                    raise NumberTaken(f"the server at {address} refuses this worker: {why}", frame.note["timeout"])
                 raise ValueError(f"the server at {address} refuses this worker: {why}")
             note = frame.note
             link.timeout = note["timeout"]

@@ -56,9 +56,9 @@ class Watch:
 
     def over(self, gradient: Callable[[], Pair]) -> Pair:
         """What ``gradient`` gives, which is called under watch."""
-        before, states = Kept.by(self.module, self.loss), [g.get_state() for g in self.generators]
+        before, states = Attributes.by(self.module, self.loss), [g.get_state() for g in self.generators]
         result = gradient()
-        after, kind = Kept.by(self.module, self.loss), type(self.module).__name__
+        after, kind = Attributes.by(self.module, self.loss), type(self.module).__name__
         if any(map(_hooked, self.module.modules())):
             self.stop()
         if learnt := self._learnt():
@@ -105,7 +105,7 @@ class Watch:
             warnings.warn(text, UserWarning, stacklevel=2)
 
 
-class Kept(NamedTuple):
+class Attributes(NamedTuple):
     """What the parts of a module have in their attributes: values that can be compared, by name."""
 
     values: dict[str, Any]
@@ -114,7 +114,7 @@ class Kept(NamedTuple):
     """Tensors that are neither parameters nor buffers, and how often each has been written to."""
 
     @classmethod
-    def by(cls, module: nn.Module, loss: object = None) -> Kept:
+    def by(cls, module: nn.Module, loss: object = None) -> Attributes:
         kept = cls({}, {})
         kept._parts("", module)
         if isinstance(loss, nn.Module):
@@ -125,11 +125,11 @@ class Kept(NamedTuple):
             kept._add("loss", loss)
         return kept
 
-    def changed(self, later: Kept) -> list[str]:
+    def changed(self, later: Attributes) -> list[str]:
         """What is another value ``later``."""
         return _different(self.values, later.values)
 
-    def rewritten(self, later: Kept) -> list[str]:
+    def rewritten(self, later: Attributes) -> list[str]:
         """Which tensors are others ``later``, or have been written to."""
         names = [*self.tensors, *(later.tensors.keys() - self.tensors.keys())]
         return [name for name in names if not _same_tensor(self.tensors.get(name), later.tensors.get(name))]
