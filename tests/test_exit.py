@@ -64,6 +64,38 @@ def test_what_counts_as_done(ending: ScriptEnd, why: str) -> None:
     assert why in ending.undone
 
 
+SLOW = """
+import threading, time
+from types import SimpleNamespace
+from offbeat.runtime.exit import Member
+
+class Driver:
+    left, using, terms = False, threading.RLock(), SimpleNamespace(worker=0)
+    def leave(self, done):
+        self.left = True
+        time.sleep(0.3)
+    def __del__(self):
+        time.sleep(0.3)  # as freeing much memory takes a while
+        print("freed", flush=True)
+
+class Owner:
+    pass
+
+def main():
+    owner, member = Owner(), Member(print)
+    member.unfinished = False  # its passes have ended
+    member.joined(Driver(), owner)
+
+main()
+"""
+
+
+def test_python_ends_when_the_last_member_is_freed() -> None:
+    """An owner that goes at the very end leaves in a thread: one that frees tensors while Python ends would abort it."""
+    done = subprocess.run([sys.executable, "-c", SLOW], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "freed\n"), done
+
+
 # in this process
 
 

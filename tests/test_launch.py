@@ -32,7 +32,8 @@ signal.signal(signal.SIGTERM, end)
 open("server.words", "a").write(" ".join(sys.argv[1:]) + "\\n")
 print(json.dumps({"address": "127.0.0.1:7", "over": False}), flush=True)
 while not os.path.exists("over"):
-    print(json.dumps({"made": time.monotonic(), "lives": {}, "steps": {}, "finished": [], "workers": []}), flush=True)
+    status = {"made": time.monotonic(), "lives": {}, "steps": {}, "finished": [], "ending": "", "workers": []}
+    print(json.dumps(status), flush=True)
     time.sleep(0.02)
 """
 

@@ -750,7 +750,7 @@ def test_a_run_takes_exactly_the_gradients_asked_for(serve: Serve) -> None:
 
 def kill(worker: Remote) -> None:
     """What the server sees of a SIGKILL; no thread stays."""
-    worker.beating.clear()
+    worker.silent.set()
     worker._hang_up()
 
 
@@ -794,7 +794,7 @@ def test_a_number_that_the_launcher_gave_is_its_owner_s(serve: Serve) -> None:
     """A process that was started again has its number as soon as the one before is silent, though its link is not dead yet."""
     run = serve(terms(SGD, None, workers=1))
     before = hire(run.place(5), PROBLEM)
-    before.exchange.beating.clear()  # type: ignore[attr-defined]
+    before.exchange.silent.set()  # type: ignore[attr-defined]
     after = hire(run.place(5), PROBLEM)
     assert [worker.terms.worker for worker in (before, after)] == [5, 5]
     lives = [worker.exchange.shards[0].head.incarnation for worker in (before, after)]  # type: ignore[attr-defined]

@@ -173,7 +173,8 @@ class Member:
 
     def _drop(self, owner: object) -> None:
         if self.driver is not None and not self.driver.left and not self.forked:
-            _thread.start_new_thread(self._exit, ())
+            _here.dropped[id(self)] = self
+            _thread.start_new_thread(_here.drop, (id(self),))  # which takes no lock: garbage may be collected under any
 
 
 class _Process:
@@ -188,6 +189,7 @@ class _Process:
         self.status: Any = None
         self.told: float | None = None  # when SIGTERM came
         self.ending = False
+        self.dropped: dict[int, Member | None] = {}  # whose owners are gone; None where a thread has taken it
 
     def add(self, member: Member) -> None:
         self.status = None
@@ -213,6 +215,20 @@ class _Process:
             if signal.getsignal(signal.SIGTERM) is _terminate:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.begin()
+
+    def drop(self, key: int) -> None:
+        """Let a member leave whose owner is gone; in a thread, for which `settle` waits until it has freed the last tensor."""
+        member, self.dropped[key] = self.dropped[key], None
+        assert member is not None
+        try:
+            member._exit()
+        finally:
+            del member
+            del self.dropped[key]
+
+    def settle(self) -> None:
+        """The last function at exit: a thread that frees tensors while Python is taken down would abort the process."""
+        _wait(lambda: not self.dropped, time.monotonic() + _grace())
 
     def insist(self) -> None:
         """Half of the grace period after SIGTERM: let those leave who did not come to a step, and end."""
@@ -312,4 +328,5 @@ def _wait(true: Callable[[], bool], until: float) -> None:
 
 
 _here = _Process()
+atexit.register(_here.settle)
 os.register_at_fork(after_in_child=_here.forked)

@@ -198,7 +198,8 @@ class Remote(Exchange):
         self.pushed, self.shared = 0, shared
         self.oracle = False  # whether the worker keeps nothing of a reply when the next one comes
         self.beat = 1.0
-        self.beating = threading.Event()
+        self.silent = threading.Event()  # whether no thread says that this worker lives
+        self.silent.set()
 
     def join(self) -> Terms:
         """Dial all servers, agree with them, and take the first reply of each."""
@@ -251,8 +252,8 @@ class Remote(Exchange):
             replies.append(shard.reply.unpack(frame.payload, self.x0.device))
         first = welcomes[0]
         self.beat = first["beat"]
-        if not self.beating.is_set():
-            self.beating.set()
+        if self.silent.is_set():
+            self.silent.clear()
             threading.Thread(target=self._beats, daemon=True).start()
         assert method is not None
         step = self.shards[0].step
@@ -350,7 +351,7 @@ class Remote(Exchange):
                     self.shared.leave(shard.link, shard.head)
                 shard.link.send(shard.head._replace(kind=Kind.LEAVE), None, note)
         self._hang_up()
-        self.beating.clear()
+        self.silent.set()
 
     @contextlib.contextmanager
     def _mending(self) -> Any:
@@ -372,8 +373,7 @@ class Remote(Exchange):
         self.shards = []
 
     def _beats(self) -> None:
-        while self.beating.is_set():
-            time.sleep(self.beat)
+        while not self.silent.wait(self.beat):
             for shard in list(self.shards):
                 with contextlib.suppress(LinkLost, ValueError):
                     shard.link.beat(shard.head)
