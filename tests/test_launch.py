@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -192,6 +193,30 @@ def test_a_process_is_told_when_its_launcher_dies() -> None:
 def test_a_launch_shows_no_secret() -> None:
     run = Launch(Path("run"), [], [], 1, environment={"OFFBEAT_TOKEN": "a secret"})
     assert "a secret" not in repr(run)
+
+
+LATE = """
+import os, sys
+from offbeat.cli import main
+
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, 15)
+
+late = Late()  # freed when Python has undone its handlers of signals
+sys.exit(main(["server", "--status", "--workers", "1", "--method", "asgd(lr=0.1)"]))
+"""
+
+
+def test_a_signal_after_its_last_word_is_nothing_to_a_server() -> None:
+    """As the launcher's, when all workers have ended while the server does so too."""
+    process = subprocess.Popen([sys.executable, "-c", LATE], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout:
+        assert b"address" in process.stdout.readline()
+        process.terminate()
+        process.stdout.read()
+    assert process.wait(60) == 0
 
 
 # folders

@@ -115,6 +115,8 @@ class Serve(Command):
                 well = server.run(_watch(server, tell), self.evaluations)
             _watch(server, tell)()  # the last word, by which a launcher knows who had left
         held.close()
+        for number in (signal.SIGTERM, signal.SIGINT):  # all is written; Python undoes handlers before it ends
+            signal.signal(number, signal.SIG_IGN)
         return _ended(server, 0 if well else FAILED)
 
 

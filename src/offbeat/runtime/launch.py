@@ -82,6 +82,8 @@ class Launch:
                 for process in self._processes.values():
                     process.poll()
                 time.sleep(TICK)
+            for process in self._processes.values():
+                process.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 

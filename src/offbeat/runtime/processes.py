@@ -53,7 +53,7 @@ class Process:
                 start_new_session=True,  # Ctrl-C comes to the launcher alone, which passes it on
                 preexec_fn=bind if _LIBC else None,
             )
-        self._close()
+        self.close()
         self._stream, self._line = self._process.stdout, b""
         if self._stream is not None:
             os.set_blocking(self._stream.fileno(), False)
@@ -77,7 +77,7 @@ class Process:
             except BlockingIOError:
                 break
             if not part:
-                self._close()
+                self.close()
                 break
             *parts, self._line = (self._line + part).split(b"\n")
             whole.extend(parts)
@@ -119,7 +119,8 @@ class Process:
             return ()
         return tuple(line.rstrip() for line in text.splitlines() if line.strip())[-100:]
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Hear it no more."""
         if self._stream is not None:
             self._stream.close()
         self._stream, self._line = None, b""
