@@ -29,7 +29,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
         running.append(Serving(*args, tmp_path / folder, **options))  # type: ignore[arg-type]
         return running[-1]
 
-    with time_out(60):
+    with time_out():
         yield serve
     for one in running:
         one.stop()

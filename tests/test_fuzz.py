@@ -28,9 +28,9 @@ from offbeat.runtime.message import MAGIC, NOTE, PROTOCOL, SIZE, Corrupt, Form, 
 
 PROBLEM = ob.tasks.Quadratic(d=64, noise=0.3)
 METHOD = ob.methods.DanaZero(lr=0.01)
-STRANGERS, HELLOS, MESSAGES = 5000, 2500, 2500
-MEGABYTES = 16
-"""By how much the process may grow while it refuses some thousand things: a session that stayed would be ten times that."""
+STRANGERS, HELLOS, MESSAGES = 2000, 1000, 1000
+MEGABYTES = 8
+"""By how much the process may grow while it refuses a thousand things: a session that stayed would be eight times that."""
 
 Serve = Callable[..., Serving]
 Random = random.Random

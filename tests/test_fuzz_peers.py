@@ -97,7 +97,7 @@ def target(tmp_path: Path) -> Iterator[Callable[[str], Target]]:
         made.append(Target(tmp_path / "run", kind))
         return made[-1]
 
-    with time_out(60):
+    with time_out():
         yield make
     for one in made:
         one.over.set()
