@@ -125,7 +125,7 @@ def damage(plan: Plan, home: Path, run: subprocess.Popen[str], mark: str) -> Cou
                     os.kill(pid, signal.SIGCONT)
                 del hung[pid]
         if full and now > full:
-            (home / "filler").unlink()
+            (home / "filler").unlink(missing_ok=True)
             full = -1.0
         there = family(mark)
         workers = [pid for pid, what in there.items() if what.isdigit() and pid not in hung]
@@ -233,7 +233,7 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--disk", type=int, default=4, help="megabytes of a tmpfs for the run; 0: the disk is not filled"
+        "--disk", type=int, default=32, help="megabytes of a tmpfs for the run; 0: the disk is not filled"
     )
     parser.add_argument("--out", type=Path, required=True)
     said = parser.parse_args()

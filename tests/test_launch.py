@@ -21,7 +21,7 @@ from offbeat.runtime.folder import Busy, choose, claim, holds_run, lock
 from offbeat.runtime.launch import Launch
 from offbeat.runtime.link import LinkLost
 from offbeat.runtime.place import Place
-from offbeat.runtime.processes import Process
+from offbeat.runtime.processes import Log, Process
 from offbeat.runtime.supervisor import Ending, Supervisor
 
 SERVER = """
@@ -174,6 +174,32 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run() -> None:
     end, said = launch("sys.exit(3)", restarts=0)
     assert end.ending is Ending.FAILED
     assert "worker 0 ended with status 3" in "\n".join(said)
+
+
+def test_a_log_that_cannot_be_written_does_not_end_a_script() -> None:
+    """It would, where the script prints to it: so a script prints to the launcher."""
+    Path("run/logs/worker-0.log").mkdir(parents=True)
+    end, said = launch(
+        "for i in range(9999): print('line', i, flush=True)\nif number == '0': sys.exit('why')", restarts=0
+    )
+    assert end.ending is Ending.OVER
+    assert end.failed == ["worker 0"]
+    assert "\n    why" in "\n".join(said)
+    assert Path("run/logs/worker-1.log").read_text() == "".join(f"line {i}\n" for i in range(9999))
+
+
+def test_what_a_log_has_no_room_for_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offbeat.runtime.processes.MOST", 10)
+    path = Path("log")
+    path.mkdir()
+    log = Log(path)
+    for word in ("one ", "two ", "three ", "four "):
+        log.add(word.encode())
+    assert log.tail(0) == "hree four "
+    path.rmdir()
+    log.add(b"five")
+    assert path.read_text() == log.tail(0) == "hree four five"
+    assert log.tail(log.size()) == ""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's word that a parent has died")

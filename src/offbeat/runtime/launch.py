@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import secrets
-import select
 import signal
 import socket
 import time
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..plain import numbers
-from .processes import Process
+from .processes import Log, Process
 from .supervisor import GRACE, Effect, Event, Exited, Kill, Listening, Say, Signalled, Start, Status, Supervisor, Tell
 
-TICK = 0.05
+TICK = 0.02
 """Seconds between two looks at the processes."""
 
 
@@ -54,7 +53,7 @@ class Launch:
         """
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        self._log = logs / "launch.log"
+        self._log = Log(logs / "launch.log")
         self._token = os.environ.get("OFFBEAT_TOKEN") or secrets.token_urlsafe(32)
         self._addresses: dict[str, str] = {}
         machine = Supervisor(self.shards, self.workers, self.restarts, str(logs))
@@ -89,8 +88,7 @@ class Launch:
 
     def _events(self) -> Iterator[Event]:
         """Wait for a moment; what has happened."""
-        outputs = [output for name in self._servers if (output := self._processes[name].output) is not None]
-        select.select(outputs, [], [], TICK)
+        time.sleep(TICK)
         for name, process in self._processes.items():
             code = process.poll()
             yield from self._hear(name, process.lines())
@@ -118,11 +116,8 @@ class Launch:
     def _do(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Say):
-                with (
-                    contextlib.suppress(OSError),  # the disk is full: the run goes on, and the terminal has the line
-                    open(self._log, "a", encoding="utf-8", errors="backslashreplace") as log,
-                ):
-                    log.write(f"{time.strftime('%H:%M:%S')} {effect.text}\n")
+                line = f"{time.strftime('%H:%M:%S')} {effect.text}\n"
+                self._log.add(line.encode(errors="backslashreplace"))
                 with contextlib.suppress(OSError):  # the terminal is closed
                     self.say(effect.text)
                 continue

@@ -16,19 +16,53 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 
+MOST = 1 << 20
+"""Bytes that wait in memory for a log that cannot be written."""
+
+
+class Log:
+    """A file that is added to. What it has no room for waits, and the oldest of that is lost in the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting = bytearray()
+
+    def add(self, data: bytes) -> None:
+        self._waiting += data
+        with contextlib.suppress(OSError), open(self.path, "ab", buffering=0) as file:
+            del self._waiting[: file.write(self._waiting)]
+        del self._waiting[:-MOST]
+
+    def size(self) -> int:
+        """Bytes that have been added, but for those that are lost."""
+        with contextlib.suppress(OSError):
+            return self.path.stat().st_size + len(self._waiting)
+        return len(self._waiting)
+
+    def tail(self, place: int) -> str:
+        """What was added since its size was ``place``, at most the last 16 KiB."""
+        data = b""
+        with contextlib.suppress(OSError), open(self.path, "rb") as file:
+            file.seek(max(place, os.fstat(file.fileno()).st_size - (1 << 14)))
+            data = file.read()
+        return (data + self._waiting)[-(1 << 14) :].decode(errors="replace")
+
+
 class Process:
     """What runs under a name, one process after another; what they say is added to ``log``."""
 
     def __init__(self, log: Path) -> None:
-        self.log = log
+        self.log = Log(log)
         self.starts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._place = 0  # in the log, where the last one began
         self._stream: IO[bytes] | None = None
+        self._heard = False
         self._line = b""  # the beginning of one that is not yet whole
 
     def start(self, command: Sequence[str], environment: dict[str, str], heard: bool = False) -> None:
-        """Start it. Its standard output goes to the log, or is ``heard`` by `lines`.
+        """Start it. Its standard output is ``heard`` by `lines` and its errors go to the log; or both go there by way of `lines`,
+        as a script cannot go on where it prints to a full disk.
 
         On Linux the kernel sends it SIGTERM when this thread ends, however that comes. Elsewhere a server sees that nobody
         reads its output any more, and workers that their server is gone.
@@ -42,43 +76,41 @@ class Process:
             if os.getppid() != parent:  # it has died before
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        with open(self.log, "ab") as log:
-            self._place = log.tell()
+        self.close()
+        self._place, self._heard = self.log.size(), heard
+        with open(self.log.path, "ab") if heard else contextlib.nullcontext(subprocess.STDOUT) as errors:
             self._process = subprocess.Popen(
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if heard else log,
-                stderr=log,
+                stdout=subprocess.PIPE,
+                stderr=errors,
                 start_new_session=True,  # Ctrl-C comes to the launcher alone, which passes it on
                 preexec_fn=bind if _LIBC else None,
             )
-        self.close()
-        self._stream, self._line = self._process.stdout, b""
-        if self._stream is not None:
-            os.set_blocking(self._stream.fileno(), False)
+        assert self._process.stdout is not None
+        self._stream = self._process.stdout
+        os.set_blocking(self._stream.fileno(), False)
 
     @property
     def running(self) -> bool:
         """Whether its end has not been seen yet."""
         return self._process is not None
 
-    @property
-    def output(self) -> int | None:
-        """The file to wait on for more `lines`; None where there will be none."""
-        return self._stream.fileno() if self._stream is not None else None
-
     def lines(self) -> list[bytes]:
-        """The whole lines that it has written since the last call."""
+        """The whole lines that it has written since the last call, where they are heard; else they are added to the log."""
         whole: list[bytes] = []
-        while (fd := self.output) is not None:
+        while self._stream is not None:
             try:
-                part = os.read(fd, 1 << 16)
+                part = os.read(self._stream.fileno(), 1 << 16)
             except BlockingIOError:
                 break
             if not part:
                 self.close()
                 break
+            if not self._heard:
+                self.log.add(part)
+                continue
             *parts, self._line = (self._line + part).split(b"\n")
             whole.extend(parts)
         return whole
@@ -111,13 +143,7 @@ class Process:
 
     def tail(self) -> tuple[str, ...]:
         """The last lines that it has added to its log."""
-        try:
-            with open(self.log, "rb") as log:
-                log.seek(max(self._place, os.fstat(log.fileno()).st_size - (1 << 14)))
-                text = log.read().decode(errors="replace")
-        except OSError:
-            return ()
-        return tuple(line.rstrip() for line in text.splitlines() if line.strip())[-100:]
+        return tuple(line.rstrip() for line in self.log.tail(self._place).splitlines() if line.strip())[-100:]
 
     def close(self) -> None:
         """Hear it no more."""

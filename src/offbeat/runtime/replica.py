@@ -404,4 +404,5 @@ def enter(
 
 
 def _say(text: str) -> None:
-    print(f"offbeat: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody hears it: a full disk, a launcher that is dead
+        print(f"offbeat: {text}", file=sys.stderr, flush=True)
