@@ -77,6 +77,7 @@ class Process:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         self.close()
+        self.log.add(b"")  # so that it is there
         self._place, self._heard = self.log.size(), heard
         with open(self.log.path, "ab") if heard else contextlib.nullcontext(subprocess.STDOUT) as errors:
             self._process = subprocess.Popen(
