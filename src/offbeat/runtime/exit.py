@@ -71,6 +71,13 @@ class ScriptEnd:
         return ""
 
 
+class WorkerThread(threading.Thread):
+    """A thread of a worker, for which `settle` waits; it ends soon after the worker has left."""
+
+    def __init__(self, run: Callable[..., None], *args: Any) -> None:
+        super().__init__(target=run, args=args, daemon=True)
+
+
 class Member:
     """One worker of a run, for the process that it is in."""
 
@@ -217,7 +224,7 @@ class _Process:
         self.begin()
 
     def drop(self, key: int) -> None:
-        """Let a member leave whose owner is gone; in a thread, for which `settle` waits until it has freed the last tensor."""
+        """Let a member leave whose owner is gone; in a thread, for which `settle` waits."""
         member, self.dropped[key] = self.dropped[key], None
         assert member is not None
         try:
@@ -227,8 +234,12 @@ class _Process:
             del self.dropped[key]
 
     def settle(self) -> None:
-        """The last function at exit: a thread that frees tensors while Python is taken down would abort the process."""
-        _wait(lambda: not self.dropped, time.monotonic() + _grace())
+        """The last function at exit: a thread that frees a tensor while Python is taken down would abort the process."""
+        until = time.monotonic() + _grace()
+        _wait(lambda: not self.dropped, until)
+        for thread in threading.enumerate():
+            if isinstance(thread, WorkerThread):
+                thread.join(max(0.0, until - time.monotonic()))
 
     def insist(self) -> None:
         """Half of the grace period after SIGTERM: let those leave who did not come to a step, and end."""

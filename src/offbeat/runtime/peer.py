@@ -30,6 +30,7 @@ from ..core.tree import apart, leaves, rebuild
 from ..failure import Diverged
 from ..trace import Trace
 from .circle import Circle, joint
+from .exit import WorkerThread
 from .leases import Lease, Leases, leases_in, remedy
 from .link import Frame, Link, LinkLost, accept, dial, listen, look_out, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
@@ -156,7 +157,6 @@ class Peer(Driver):
         self.over = threading.Event()
         self.link: Any = None  # to the coordinator
         self.listener: socket.socket | None = None
-        self.threads: list[threading.Thread] = []
         self.incoming: set[Caller] = set()
         self.links: dict[int, Link] = {}
         self.groups: dict[tuple[Any, ...], Standing] = {}  # for averages, by their members and bytes
@@ -338,10 +338,7 @@ class Peer(Driver):
             except BaseException as error:
                 self._fail(error, head)
 
-        thread = threading.Thread(target=guarded, daemon=True)
-        with self.monitor:  # others may do so as well
-            thread.start()
-            self.threads = [*(t for t in self.threads if t.is_alive()), thread]
+        WorkerThread(guarded).start()
 
     def _fail(self, error: BaseException, head: Header) -> None:
         """End this worker, if the life of ``head`` is not over: its loop raises ``error`` as soon as it waits or sends."""
@@ -1196,9 +1193,6 @@ class Peer(Driver):
         except LinkLost as lost:
             self.say(f"{lost}, while this worker was leaving")
         self._hang_up()
-        end = time.monotonic() + 5.0
-        for thread in self.threads:  # one that is inside of torch while Python ends would abort the process
-            thread.join(max(0.0, end - time.monotonic()))
         self._raise_failure()
 
     def _bequeath(self) -> None:

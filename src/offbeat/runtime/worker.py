@@ -24,6 +24,7 @@ from ..engines.faults import Fault
 from ..engines.speed import Speed
 from ..failure import Diverged
 from ..trace import Trace
+from .exit import WorkerThread
 from .host import OtherKind
 from .leases import TASK, Key, Lease, Leases, Opening, leases_in, remedy
 from .link import Frame, Link, LinkLost, dial, machine
@@ -254,7 +255,7 @@ class Remote(Exchange):
         self.beat = first["beat"]
         if self.silent.is_set():
             self.silent.clear()
-            threading.Thread(target=self._beats, daemon=True).start()
+            WorkerThread(self._beats).start()
         assert method is not None
         step = self.shards[0].step
         return Terms(first["worker"], method, first["seed"], first["workers"], step, self._whole(replies))
