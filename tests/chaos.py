@@ -54,6 +54,7 @@ def script(passes: int, calm: Path) -> None:
     import offbeat as ob
 
     torch.manual_seed(int(os.environ["OFFBEAT_WORKER"]))
+    at_work = calm.with_name(f"at-work-{os.getpid()}")
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(EXAMPLES, 16, generator=draw)
     y = (x @ torch.randn(16, 4, generator=draw)).argmax(1)
@@ -62,10 +63,11 @@ def script(passes: int, calm: Path) -> None:
     for _ in range(passes):
         for inputs, labels in replica.shard(DataLoader(TensorDataset(x, y), BATCH, shuffle=True)):
             if not calm.exists():
-                time.sleep(0.03)
+                time.sleep(0.2)
             loss = nn.functional.cross_entropy(model(inputs), labels)
             loss.backward()
             replica.step(loss)
+            at_work.touch()
 
 
 def family(mark: str) -> dict[int, str]:
@@ -129,6 +131,7 @@ def damage(plan: Plan, home: Path, run: subprocess.Popen[str], mark: str) -> Cou
             full = -1.0
         there = family(mark)
         workers = [pid for pid, what in there.items() if what.isdigit() and pid not in hung]
+        at_work = [pid for pid in workers if (home / f"at-work-{pid}").exists()]
         hosts = [pid for pid, what in there.items() if what == "server"]
         kills = happened["killed worker"] + happened["killed host"]
         what = draw.random()
@@ -140,17 +143,17 @@ def damage(plan: Plan, home: Path, run: subprocess.Popen[str], mark: str) -> Cou
             elif what < 0.1 and hosts:
                 os.kill(hosts[0], signal.SIGKILL)
                 happened["killed host"] += 1
-            elif what < 0.14 and workers and len(hung) < 2:
-                pid = draw.choice(sorted(workers))
+            elif what < 0.14 and at_work and len(hung) < 2:
+                pid = draw.choice(sorted(at_work))
                 os.kill(pid, signal.SIGSTOP)
                 hung[pid] = now + draw.uniform(1, 2 * TIMEOUT)
                 happened["hung worker"] += 1
-            elif what < 0.18 and workers and told < min(2, plan.workers - 2) and kills > plan.kills // 3:
-                os.kill(draw.choice(sorted(workers)), signal.SIGTERM)
+            elif what < 0.18 and at_work and told < min(2, plan.workers - 2) and kills > plan.kills // 3:
+                os.kill(draw.choice(sorted(at_work)), signal.SIGTERM)
                 told += 1
                 happened["told worker"] += 1
-            elif workers:
-                os.kill(draw.choice(sorted(workers)), signal.SIGKILL)
+            elif some := workers if what > 0.8 else at_work:  # now and then one that has not joined yet
+                os.kill(draw.choice(sorted(some)), signal.SIGKILL)
                 happened["killed worker"] += 1
     for pid in hung:
         with contextlib.suppress(ProcessLookupError):
@@ -214,7 +217,7 @@ def check(plan: Plan, home: Path, limit: float = 1800.0) -> dict[str, str]:
     total = plan.passes * (EXAMPLES // BATCH)
     found["each minibatch is used once"] = "" if len(trace) == total else f"{len(trace)} gradients, {total} minibatches"
     crashed = Counter(i.what for i in trace.incidents)["crashed"]
-    found["the trace tells of crashes"] = "" if crashed >= plan.kills // 4 else f"{crashed} of {plan.kills}"
+    found["the trace tells of crashes"] = "" if crashed >= plan.kills // 2 else f"{crashed} of {plan.kills}"
     last = float(trace.column("loss")[-200:].double().nanmean())
     found["it has learnt"] = "" if last < 1.0 else f"the loss ends at {last:.3f}"
     said = (home / "said").read_text()
@@ -230,7 +233,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--passes", type=int, default=100)
+    parser.add_argument("--passes", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--disk", type=int, default=32, help="megabytes of a tmpfs for the run; 0: the disk is not filled"
