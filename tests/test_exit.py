@@ -315,7 +315,7 @@ def test_a_second_sigterm(processes: Processes, serve: Serve) -> None:
     """It ends the process at once, where the grace period has long to go."""
     run = serving(serve)
     process = start(processes, EVALUATES, run, OFFBEAT_GRACE="10000")
-    while process.poll() is None:  # in the first quarter of a second, several are one
+    while process.poll() is None:  # in the first second, several are one
         for pid in processes.living("script"):
             os.kill(pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

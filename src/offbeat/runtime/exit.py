@@ -31,13 +31,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .patience import Patient
-from .supervisor import GRACE
+from .supervisor import GRACE, ONCE
 
 if TYPE_CHECKING:
     from .worker import Driver
-
-ONCE = 0.25
-"""Seconds within which several SIGTERMs are one: a scheduler signals all processes of a job, and their launcher passes it on."""
 
 
 @dataclass(frozen=True)

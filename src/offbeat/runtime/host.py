@@ -37,6 +37,7 @@ from .link import Link, LinkLost, accept, listen
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .shared_state import Kept, Told
 from .streams import IN_A_ROW, Twins, sample
+from .supervisor import ONCE
 
 Parse = Callable[[str], Any]
 
@@ -48,8 +49,6 @@ AGAIN = 5.0
 """Seconds until a snapshot that could not be written is tried again, at most."""
 LAST, SOON = 120.0, 60.0
 """Seconds for which the model is tried to be written when the run is over, and when the host was told to stop (twice: no more)."""
-ONCE = 1.0
-"""Seconds within which several signals are one: a scheduler sends one to all processes of a job, and their launcher passes it on."""
 EVALUATED = 600.0
 """Seconds that the last evaluation may take."""
 STRANGERS = 128

@@ -22,6 +22,8 @@ from enum import Enum, auto
 
 GRACE = 10.0
 """Seconds that a worker has to leave when it is asked to, before it is killed."""
+ONCE = 1.0
+"""Seconds within which several signals are one: a scheduler signals all processes of a job, and their launcher passes it on."""
 WRITING = 120.0
 """Seconds that a server has to write its snapshot and its model when it is asked to end, before it is killed."""
 LISTENING = 120.0
