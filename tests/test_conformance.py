@@ -20,6 +20,7 @@ from torch import Tensor
 
 import offbeat as ob
 from offbeat.core.master import Correction
+from offbeat.core.rates import with_rate
 from offbeat.core.values import parse
 
 METHODS = ob.methods.all_methods()
@@ -50,14 +51,6 @@ def numbers(cls: type) -> dict[str, Any]:
     found = {f.name: f.default for f in dataclasses.fields(cls)}
     kinds = {name: {hints[name], *getattr(hints[name], "__args__", ())} for name in found}
     return {name: default for name, default in found.items() if kinds[name] & {int, float} and bool not in kinds[name]}
-
-
-def with_lr(method: ob.Method, lr: Any) -> ob.Method:
-    """The method with this learning rate for its workers' gradients, wherever it keeps it; as it is where it has none."""
-    holder = next((name for name in ("inner", "rule") if hasattr(method, name)), None)
-    if holder:
-        return dataclasses.replace(method, **{holder: with_lr(getattr(method, holder), lr)})
-    return dataclasses.replace(method, lr=lr) if hasattr(method, "lr") else method
 
 
 def simulate(method: ob.Method, **options: Any) -> ob.Run:
@@ -92,7 +85,7 @@ def test_it_is_a_value(cls: type) -> None:
 
 @each_method
 def test_its_repr_holds_every_hyper_parameter(cls: type[ob.Method]) -> None:
-    method = with_lr(cls(), 0.123 * ob.Warmup(7))
+    method = with_rate(cls(), 0.123 * ob.Warmup(7))
     assert parse(repr(method), CONSTRUCTORS) == method
     assert method == cls() or "0.123" in repr(method)
 
@@ -197,7 +190,7 @@ def test_it_is_no_bundle_of_flags(cls: type) -> None:
 
 @each_method
 def test_the_same_run_twice_is_the_same_bits_and_another_seed_is_another_run(cls: type[ob.Method]) -> None:
-    a, b, other = (simulate(with_lr(cls(), 0.01), gradients=100, seed=seed) for seed in (3, 3, 4))
+    a, b, other = (simulate(with_rate(cls(), 0.01), gradients=100, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(a.x, b.x)
     assert a.trace == b.trace
     assert a.seconds == b.seconds
@@ -210,14 +203,14 @@ def test_the_same_run_twice_is_the_same_bits_and_another_seed_is_another_run(cls
 @each_method
 def test_it_converges(cls: type[ob.Method]) -> None:
     """Four uneven workers, a noisy convex bowl: the loss falls to below a tenth of what it was."""
-    run = simulate(with_lr(cls(), 0.02), gradients=600)
+    run = simulate(with_rate(cls(), 0.02), gradients=600)
     assert run.figures["loss"] < 0.1 * BOWL.evaluate(BOWL.x0())["loss"]
 
 
 @each_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_it_keeps_the_parameters_dtype_under_a_schedule(cls: type[ob.Method], dtype: torch.dtype) -> None:
-    method = with_lr(cls(), 0.01 * ob.Warmup(30) * ob.Cosine(200, floor=0.1))
+    method = with_rate(cls(), 0.01 * ob.Warmup(30) * ob.Cosine(200, floor=0.1))
     run = ob.simulate(method, Bowl(dtype=dtype), ob.Cluster(4), gradients=100)
     assert run.x.dtype == dtype
     assert run.x.shape == BOWL.x0().shape
@@ -226,7 +219,7 @@ def test_it_keeps_the_parameters_dtype_under_a_schedule(cls: type[ob.Method], dt
 
 @each_method
 def test_a_schedule_matters(cls: type[ob.Method]) -> None:
-    steady, falling = (with_lr(cls(), lr) for lr in (0.01, 0.01 * ob.Cosine(200)))
+    steady, falling = (with_rate(cls(), lr) for lr in (0.01, 0.01 * ob.Cosine(200)))
     if steady != falling:
         assert not torch.equal(simulate(steady, gradients=80).x, simulate(falling, gradients=80).x)
 
@@ -235,7 +228,7 @@ def test_a_schedule_matters(cls: type[ob.Method]) -> None:
 def test_workers_may_come_and_go(cls: type[ob.Method]) -> None:
     """A join, a leave, two crashes, and a comeback: the run ends, finite and better than it began."""
     events = (ob.Join(3, 5.5), ob.Leave(1, 10.0), ob.Crash(0, 20.0), ob.Join(0, 30.0), ob.Crash(2, 40.0))
-    run = simulate(with_lr(cls(), 0.01), cluster=ob.Cluster(3, ob.Gamma(cv=0.3), events))
+    run = simulate(with_rate(cls(), 0.01), cluster=ob.Cluster(3, ob.Gamma(cv=0.3), events))
     assert bool(torch.isfinite(run.x).all())
     assert run.figures["loss"] < BOWL.evaluate(BOWL.x0())["loss"]
     assert sorted(i.what for i in run.trace.incidents) == ["crashed", "crashed", "joined", "joined", "left"]
@@ -309,7 +302,7 @@ def test_handlers_are_pure_in_a_run_where_workers_come_and_go(cls: type[ob.Metho
     seen: list[set[str]] = []
     events = (ob.Join(3, 3.5), ob.Leave(1, 6.0), ob.Crash(0, 7.0))
     cluster = ob.Cluster(3, ob.Gamma(cv=0.3), events)
-    method = with_lr(cls(), 0.01 * ob.Warmup(5))
+    method = with_rate(cls(), 0.01 * ob.Warmup(5))
     run = simulate(checked(method, seen), cluster=cluster, gradients=40)
     assert [len(shapes) for shapes in seen] == [1] * len(seen)
     assert torch.equal(run.x, simulate(method, cluster=cluster, gradients=40).x)
@@ -327,7 +320,7 @@ SETTINGS = {
 def test_server_handlers_are_pure_and_keep_the_shape_of_their_states(cls: type[ob.ServerMethod], setting: str) -> None:
     """Every handler, over visits of workers that come and go: arguments bitwise as before, states shaped as before."""
     dtype, lr = SETTINGS[setting]
-    method, bowl = with_lr(cls(), lr), Bowl(dtype=dtype)
+    method, bowl = with_rate(cls(), lr), Bowl(dtype=dtype)
     x0 = bowl.x0()
     s = pure(method.init_server, x0)
     seats, workers, replies, shapes = {}, {}, set(), (shape(s), None, None)
@@ -365,6 +358,6 @@ def test_server_handlers_are_pure_and_keep_the_shape_of_their_states(cls: type[o
 def test_a_run_of_one_worker_is_deterministic_whatever_the_seed(cls: type[ob.ServerMethod]) -> None:
     """With one worker there is no order to draw: the seed moves the clock only."""
     cluster = ob.Cluster(1, ob.Gamma(cv=0.3))
-    a, b = (simulate(with_lr(cls(), 0.01), cluster=cluster, gradients=50, seed=seed) for seed in (1, 2))
+    a, b = (simulate(with_rate(cls(), 0.01), cluster=cluster, gradients=50, seed=seed) for seed in (1, 2))
     assert torch.equal(a.x, b.x)
     assert a.seconds != b.seconds

@@ -18,6 +18,7 @@ from torch import Tensor
 import offbeat as ob
 from offbeat.core.descent import count
 from offbeat.core.master import Correction, Stale
+from offbeat.core.rates import Dial, with_rate
 from offbeat.core.tree import leaves, rebuild
 from offbeat.engines import kernel as kernels
 from offbeat.engines import stores
@@ -239,6 +240,23 @@ def test_a_schedule_compiles_once() -> None:
         t, seat, wanted = method.serve(t, seat, g)
         torch.testing.assert_close(sent, wanted, rtol=1e-5, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("method", [ob.DanaZero(), ob.DanaGA(), ob.GEM()], ids=lambda m: m.name)
+def test_a_compiled_visit_hears_of_the_rate(method: ob.ServerMethod) -> None:
+    dial = Dial(0.5)
+    turned = with_rate(method, dial)
+    visits = Visits(turned, torch.zeros(64))
+    visits.race()
+    s, own, _ = turned.admit(turned.init_server(torch.ones(64)))
+    t, seat = s, own
+    for lr in (0.5, 0.1, 0.0, 0.2):
+        dial.value = lr
+        g = torch.linspace(-1, 1, 64)
+        s, own, sent, _ = visits(s, own, g)
+        t, seat, wanted = with_rate(method, lr or Dial(0.0)).serve(t, seat, g)
+        torch.testing.assert_close(sent, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_kernel_is_made_once_for_each_value() -> None:

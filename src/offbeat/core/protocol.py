@@ -16,6 +16,7 @@ from torch import Tensor
 from .gossip import GossipMethod, PairGossipMethod, PushGossipMethod, RoundGossipMethod
 from .method import Local, Message, Method, ServerMethod
 from .periodic import OuterMethod, PeriodicMethod
+from .rates import Dial, with_rate
 from .seeds import derive
 from .topology import Members
 
@@ -272,6 +273,8 @@ class Server:
     sent: dict[int, int] = field(default_factory=dict)
     clock: dict[int, int] = field(default_factory=dict)
     waiting: dict[int, tuple[int, Message]] = field(default_factory=dict)
+    dial: Dial | None = None
+    """The rate that workers have told last; None: the method's own, as nobody has told any."""
     handle: Callable[[Any, Any, Message], tuple[Any, Any, Message]] | None = None
     """What takes the place of the method's ``serve``: the same as a compiled kernel, or with checks. What it raises
     leaves everything as it was."""
@@ -288,6 +291,14 @@ class Server:
         self.seen[worker] = self.sent[worker] = self.version
         self.clock[worker] = min(self.clock.values(), default=0) if self.method.gated else 0
         return reply
+
+    def tell(self, lr: float) -> None:
+        """From now on the rate is ``lr``, as the script of the worker whose visit comes next has set it. `method` is another one
+        when this is called first."""
+        if self.dial is None:
+            self.dial = Dial(lr)
+            self.method = with_rate(self.method, self.dial)
+        self.dial.value = lr
 
     def leave(self, worker: int) -> dict[int, Message]:
         """Unseat ``worker``; returns the replies that its going lets out, as `visit` does."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from ..core.method import Message, ServerMethod
+from ..core.rates import Dial, rate_of, with_rate
 from ..core.tree import leaves, rebuild
 from . import stores
 
@@ -317,6 +318,23 @@ class Visit:
         return s, own, rebuild(reply, parts), squares
 
 
+def _sums(method: ServerMethod) -> Callable[..., Any]:
+    return method.sums
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A handler with the rate before its other arguments, 0-dim: one that is compiled would else keep the number that a `Dial` has
+    then."""
+
+    method: ServerMethod
+    handler: Callable[[ServerMethod], Callable[..., Any]]
+    """From a method to its handler."""
+
+    def __call__(self, lr: Tensor, *args: Any) -> Any:
+        return self.handler(with_rate(self.method, Dial(lr)))(*args)
+
+
 class Visits:
     """The visits of a `ServerMethod` at models of one size: ``serve``, and the sums that it needs, as kernels."""
 
@@ -326,21 +344,30 @@ class Visits:
         small = torch.ones(2, dtype=x.dtype, device=x.device)
         s, own, reply = method.admit(method.init_server(small))
         msg = method.push(method.local(method.init(reply), small))
+        lr = rate_of(method)
+        self.dial = lr if isinstance(lr, Dial) else None
+        first = *self._rate(), s, own, msg
         sums = method.sums(s, own, msg)
-        self.sums = kernel(method.sums, s, own, msg, size=self.size, sums=len(sums)) if sums else None
+        rated: Callable[[Any], Any] = (lambda h: h(method)) if self.dial is None else (lambda h: Rated(method, h))
+        self.sums = kernel(rated(_sums), *first, size=self.size, sums=len(sums)) if sums else None
         self.serve = kernel(method.serve, s, own, msg, *sums, size=self.size)
-        self.visit = kernel(Visit(method), s, own, msg, *sums, size=self.size, sums=1)
+        self.visit = kernel(rated(Visit), *first, *sums, size=self.size, sums=1)
         self.raced = False
+
+    def _rate(self) -> tuple[Tensor, ...]:
+        """The rate as the first argument of what is compiled; nothing where it is no `Dial`."""
+        return () if self.dial is None else (torch.as_tensor(self.dial.value, dtype=torch.float64),)
 
     def __call__(self, s: Any, own: Any, msg: Message, into: Sequence[Tensor] = ()) -> tuple[Any, Any, Message, Tensor]:
         """What `Visit` gives, the fastest way, vectors of the reply ``into`` memory that is ready for them."""
         new: tuple[Any, Any, Message, Tensor]
-        new = self.visit(s, own, msg, *(self.sums(s, own, msg) if self.sums else ()), into=into)
+        first = *self._rate(), s, own, msg
+        new = self.visit(*first, *(self.sums(*first) if self.sums else ()), into=into)
         return new
 
     def exact(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
         """What ``serve`` gives, whatever has been compiled or measured: the same bits each time."""
-        sums = self.sums.exact(s, own, msg) if self.sums else ()
+        sums = self.sums.exact(*self._rate(), s, own, msg) if self.sums else ()
         new: tuple[Any, Any, Message] = self.serve.exact(s, own, msg, *sums)
         return new
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from ..core.gossip import GossipMethod, PairGossipMethod
 from ..core.method import Message, Method, ServerMethod
 from ..core.problem import Problem
 from ..core.protocol import AllReduce, Ask, Begin, Gradient, Inbox, Loop, Node, Recv, Send, Server, give_back, loop
+from ..core.rates import Dial, dial_of, with_rate
 from ..trace import Deeds, Event, Incident, Trace
 from .ensemble import average
 from .simulator import Run
@@ -21,6 +23,7 @@ class _Replayed:
     """A worker's loop and what it asked for last."""
 
     def __init__(self, method: Method, worker: int, state: Any, step: int, seed: int) -> None:
+        method, self.dial = _dialled(method)
         self.node = Node(worker, method, state, step, seed=seed)
         self.loop: Loop = loop(method, self.node)
         self.request: Any = next(self.loop)
@@ -59,6 +62,9 @@ def replay(trace: Trace, method: Method, problem: Problem, watch: Callable[[Even
                 )
             g, loss = problem.grad(worker.request.x, entry.worker, entry.step)
             lag = server.lag(entry.worker)
+            if (lr := _told(entry)) is not None:
+                worker.dial.value = lr
+                server.tell(lr)
             worker.request = worker.loop.send(g)
             steps[entry.worker] = entry.step + 1
             event = entry._replace(loss=float(loss), lag=lag)
@@ -80,6 +86,18 @@ def replay(trace: Trace, method: Method, problem: Problem, watch: Callable[[Even
     return Run(x, again, again[-1].seconds if len(again) else 0.0, problem.evaluate(x))
 
 
+def _dialled(method: Method) -> tuple[Method, Dial]:
+    """``method``, and the dial of its rate, which turns nothing where a schedule is its rate: no script can have set any then."""
+    dial = dial_of(method)
+    return (method, Dial(math.nan)) if dial is None else (with_rate(method, dial), dial)
+
+
+def _told(event: Event) -> float | None:
+    """The rate that the script had set for this gradient; None where it had set none."""
+    lr = event.extra.get("lr", math.nan)
+    return lr if math.isfinite(lr) else None
+
+
 Life = tuple[int, int]
 """A worker and which of its lives."""
 Which = tuple[int, int, int]
@@ -93,6 +111,7 @@ class _Life:
         self.deeds: deque[list[Any]] = deque()
         self.views: dict[int, tuple[int, ...]] = {}
         self.node: Node | None = None
+        self.dial = Dial(math.nan)
         self.loop: Loop
         self.request: Any = None
         self.left = False
@@ -155,8 +174,9 @@ class _Together:
             state = self.method.init(self.problem.x0()) if what == "begin" else self.states[tuple(about[0])]
             step = 0 if what == "begin" else self.lives[about[0][0], about[0][1]].node.step  # type: ignore[union-attr]
             seed = int(self.trace.header.get("seed", 0))
-            peer.node = Node(life[0], self.method, state, step, since=step, seed=seed, view=peer.view)
-            peer.loop = loop(self.method, peer.node)
+            method, peer.dial = _dialled(self.method)
+            peer.node = Node(life[0], method, state, step, since=step, seed=seed, view=peer.view)
+            peer.loop = loop(method, peer.node)
             peer.request = next(peer.loop)
         else:
             assert peer.node is not None
@@ -172,6 +192,8 @@ class _Together:
             assert isinstance(request, Gradient)
             g, loss = self.problem.grad(request.x, life[0], about[0])
             for event in list(self.events.get((life[0], about[0]), ()))[:1]:
+                if (lr := _told(event)) is not None:
+                    peer.dial.value = lr
                 self.again.add(event._replace(loss=float(loss)))
                 if self.watch:
                     self.watch(event)

@@ -716,9 +716,13 @@ class Host(ABC):
         tensor; under the lock."""
         now = self.last = self.seconds
         losses, compute, waited = (_floats(note.get(name), count) for name in ("losses", "compute", "waited"))
+        rates = _floats(note.get("lr"), count)
         self._compare(session.worker, step, losses, first)
         for k in range(count):
             last = k == count - 1
+            figures = extra if last else {}
+            if math.isfinite(rates[k]):
+                figures = {**figures, "lr": rates[k]}
             event = Event(
                 now,
                 session.worker,
@@ -730,7 +734,7 @@ class Host(ABC):
                 compute[k],
                 waited[k],
                 float(length) if last else 0.0,
-                extra=extra if last else {},
+                extra=figures,
             )
             self.journal.add(event)
         self.steps[session.worker] = step + count

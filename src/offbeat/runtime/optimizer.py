@@ -16,6 +16,8 @@ from torch import Tensor
 from ..core.descent import Rule, count
 from ..core.method import GradientServer, Method, ServerMethod
 from ..core.protocol import Server
+from ..core.rates import Dial, dial_of, rate_of, with_rate
+from ..core.schedule import Schedule
 from ..core.tree import leaves
 from ..tasks.flat import local
 from .edits import OtherSteps
@@ -263,17 +265,40 @@ def _hands_over(method: Method) -> bool:
 
 
 class Lending:
-    """Puts ``optimizer``, where there is one, into the method of each life of a worker."""
+    """Puts what the script steps by into the method of each life of a worker: ``optimizer``, or else the rate that it sets."""
 
     def __init__(self, optimizer: Any, flat: Parameters, others: OtherSteps) -> None:
         self.optimizer, self.flat, self.others = optimizer, flat, others
         self.rule: UserRule | None = None
         """The optimizer as the rule of this life."""
+        self.rate = math.nan
+        """The rate that the script has set, or the method's own at its first step."""
+        self._dial: Dial | None = None  # None: the method's rate is a schedule, or it has none
 
     def __call__(self, method: Method) -> Method:
         if self.optimizer is not None:
             method, self.rule = lent(method, self.optimizer, self.flat, self.others)
-        return method
+            return method
+        if math.isnan(self.rate) and (lr := rate_of(method)) is not None:
+            self.rate = float(lr(0)) if isinstance(lr, Schedule) else float(lr)
+            self._dial = dial_of(method)
+        return method if self._dial is None else with_rate(method, self._dial)
+
+    def set_rate(self, lr: float, method: Method) -> bool:
+        """The script wants the rate ``lr`` from its next gradient on; whether that is another one. ``ValueError`` where ``method``
+        cannot have it."""
+        lr = float(lr)
+        if lr == self.rate:
+            return False
+        if self._dial is None:
+            raise ValueError(
+                f"lr = {lr:g} in param_groups: the rate of {type(method).__name__} is a schedule of its own; give the method a "
+                "number, or leave the rate to it"
+            )
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr = {lr} in param_groups: must be a finite number, at least 0")
+        self._dial.value = self.rate = lr
+        return True
 
     @property
     def own_steps(self) -> bool:

@@ -260,6 +260,7 @@ class Peer(Driver):
         self.losses: list[float] = []  # of gradients that it has not been told of
         self.computes: list[float] = []
         self.waits: list[float] = []
+        self.rates: list[float | None] = []
         self.sent, self.said = 0, time.monotonic()  # sent: bytes of payload
         head = Header(Kind.HELLO, DTYPES.index(self.x0.dtype))
         host, port = listener.getsockname()[:2]
@@ -634,9 +635,10 @@ class Peer(Driver):
             with self.monitor:  # pushes are counted by threads of their own
                 sent, self.sent = self.sent, 0
             note |= {"losses": self.losses, "compute": self.computes, "waited": self.waits, "sent": sent}
+            note |= {} if self.rate is None else {"lr": self.rates}
             note |= {} if self.team.rank else {"used": self.began, "failed": self.failed}  # they are the first rank's
             self.began, self.failed = [], []
-            self.losses, self.computes, self.waits = [], [], []
+            self.losses, self.computes, self.waits, self.rates = [], [], [], []
         self.said = time.monotonic()
         self.link.send(self.head._replace(kind=kind), None, note)
 
@@ -1088,6 +1090,7 @@ class Peer(Driver):
     def step(self, g: Tensor, loss: float) -> None:
         now = time.perf_counter()
         self.losses.append(loss)
+        self.rates.append(self.rate)
         self.waits.append(self._waited)
         self.computes.append(now - self._since)
         self.since += len(self.unstepped)
@@ -1216,6 +1219,7 @@ class Peer(Driver):
             self.began += self.unstepped
         self.unstepped = []
         if not self.losses:
+            note |= {} if self.rate is None else {"lr": self.rates}
             note |= {} if self.team.rank else {"used": self.began, "failed": self.failed}
         self._tell(Kind.LEAVE, note)
 

@@ -39,7 +39,7 @@ IN_PLACE = torch.empty(0)
 """What a worker is given where its gradient stays in the model."""
 
 
-class Replica:
+class Replica(Optimizer):
     """A model that trains together with others, each at its own pace.
 
         replica = ob.Replica(model, ob.methods.DanaZero(lr=0.05))
@@ -61,9 +61,14 @@ class Replica:
     script that has set a seed before, and draws its minibatches itself, has no two workers draw the same, and one that is started
     again does not repeat itself. Draw from a generator of your own with ``replica.id`` in its seed.
 
-    Clip, accumulate and scale gradients as with an optimizer: gradients are those of ``model.parameters()`` until `step`,
-    and ``scaler.step(replica)`` works. A step that the scaler would skip is taken with a gradient of 0: nobody waits for
+    It is a ``torch.optim.Optimizer``, so clip, accumulate and scale gradients as with any: gradients are those of
+    ``model.parameters()`` until `step`, and ``scaler.step(replica)`` works. A step that the scaler would skip is taken with a gradient of 0: nobody waits for
     an exchange that does not come, and replicas do not drift apart.
+
+    ``param_groups[0]["lr"]`` is the rate of this worker's gradients, for the schedulers of torch: one of a method's rule at the worker,
+    or one that goes along with the gradient to a server that steps by it. Each worker's script sets its own, by the steps or
+    passes that it has taken itself. The rate of a method that was given a schedule is refused. With ``optimizer``, groups and
+    state are that one's.
 
     Raises ``ValueError`` where the model cannot be flattened, or the run refuses it (another model, another method);
     `LinkLost` where nobody answers; ``PermissionError`` for a wrong token.
@@ -149,16 +154,35 @@ class Replica:
         except BaseException:
             self._member.forget()
             raise
+        super().__init__(self.flat.tensors, {"lr": self._lending.rate})
+        self._share_groups()
         self.passes = Passes(self)
         self.worker.skips = SKIPS
         self._member.joined(self.worker, self)
         if me is not None:
             _LIVE[me] = self
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The parameters as an optimizer names them, so that ``scaler.unscale_(replica)`` works."""
-        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused with ``ValueError`` once the replica is made: the model's parameters are those that it had then."""
+        if self.param_groups:
+            raise ValueError(
+                "a replica has the parameters that its model had when it was made: give Replica optimizer=... for groups"
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the script's own optimizer; without one the rate alone, as the rest is the run's."""
+        own = self._lending.optimizer
+        return super().state_dict() if own is None else own.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what `state_dict` has given."""
+        own = self._lending.optimizer
+        if own is None:
+            super().load_state_dict(state_dict)
+        else:
+            own.load_state_dict(state_dict)
+            self._share_groups()
 
     @property
     def id(self) -> int:
@@ -170,7 +194,7 @@ class Replica:
         """How many workers the run was launched with."""
         return self.worker.terms.workers
 
-    def step(self, loss: Loss | Closure | None = None, *, closure: Closure | None = None) -> Loss | None:
+    def step(self, loss: Loss | Closure | None = None, *, closure: Closure | None = None) -> Loss | None:  # type: ignore[override]
         """Hand in the gradients that the parameters have, and go on from the next parameters, without gradients.
 
         ``loss`` is only for the run's table and trace. A ``closure``, given as such or in its place, clears the gradients,
@@ -187,6 +211,7 @@ class Replica:
         if callable(loss):
             loss, closure = None, loss
         lending, method = self._lending, self.worker.terms.method
+        self._share_groups()
         if (stepped := self._check()) is not None and not lending.own_steps:
             raise RuntimeError(stepped_beside(stepped, lending.optimizer, method))
         skip, scale = float(getattr(self, "found_inf", 0.0)) > 0, getattr(self, "grad_scale", None)
@@ -300,6 +325,15 @@ class Replica:
             self.leave()
         else:
             self._member.end(error)
+
+    def _share_groups(self) -> None:
+        """`param_groups` and `state` are those of the script's own optimizer; without one the rate in them goes to the method."""
+        own = self._lending.optimizer
+        if own is not None:
+            self.param_groups, self.state = own.param_groups, own.state
+            self.defaults = getattr(own, "defaults", {})
+        elif self._lending.set_rate(self.param_groups[0]["lr"], self.worker.terms.method):
+            self.worker.rate = self._lending.rate
 
     def _check(self) -> Optimizer | None:
         """Raise where a step cannot be taken; the optimizer that has stepped beside this replica, if one has."""

@@ -198,6 +198,8 @@ class RunServer(Host):
         assert server is not None
         if self.sessions.get(worker) is not session:
             raise Corrupt(f"a late message of a life of worker {worker} that is over: refused")
+        if "lr" in note:
+            self._set_rate(note["lr"], worker)
         brought = leases_in(note.get("used"))
         lag = server.lag(worker)
         gap, extra = self._measure(session, message)
@@ -215,6 +217,22 @@ class RunServer(Host):
         self._record(
             session, header.step, header.gradients, note, header.length, extra, next(iter(leaves(message)), None)
         )
+
+    def _set_rate(self, rates: Any, worker: int) -> None:
+        """A worker's script has set the rates of the gradients that it brings, the last of which the server steps by."""
+        lr = rates[-1] if isinstance(rates, list) and rates else rates
+        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+            raise Corrupt(
+                f"worker {worker} brings a gradient with the rate {str(lr)[:40]}: must be a number, at least 0"
+            )
+        server = self.server
+        assert server is not None
+        first = server.dial is None
+        server.tell(float(lr))
+        if first:  # the method is another one now
+            self.visits = Visits(server.method, server.x())
+            if self.parameters >= LARGE:
+                self.spawn("the search for the fastest way of a visit", self._warm)
 
     def _places(self, session: Visitor) -> Sequence[Tensor]:
         """Where a kernel may write the vectors of the worker's next reply; none where they would have to be brought to it."""

@@ -112,6 +112,8 @@ class Alone(Exchange):
         if not finite(msg):
             self.leases.fail(0, used)
             raise Spoilt(f"visit {version}: the gradient is not finite; {remedy(used)}", version)
+        if "lr" in note:
+            self.server.tell(note["lr"][-1])
         self.answer = self.server.visit(0, msg)[0]
         if not finite(self.answer):
             what = f"visit {version}: the gradient is finite and would make the model not so; {remedy(used)}"
@@ -412,6 +414,7 @@ class Driver(ABC):
         self.brought: list[Lease] = []  # of the last step
         self.examples: dict[Lease, list[Any]] = {}  # of minibatches that it has begun lately
         self.order, self.wait = "", False  # see `Grant`, as the last answer said
+        self.rate: float | None = None  # that its script has set, other than the method's own
         self.skips = 0  # how many gradients in a row that are not finite it skips
         self.spoilt = 0  # how many there were
         self.life = 0  # how often it has joined
@@ -581,6 +584,7 @@ class Worker(Driver):
         self.exchange, self.lend = exchange, lend
         self._losses: list[float] = []
         self._computes: list[float] = []
+        self._rates: list[float | None] = []
         self._owed = 0  # gradients that were pushed, and to which no reply was taken yet
         self._begin(exchange.join())
         self._since = time.perf_counter()
@@ -595,7 +599,7 @@ class Worker(Driver):
         self.keeps = not isinstance(method, GradientServer) or isinstance(self.exchange, Alone)
         self._set_out(terms.reply)
         self._forget()
-        self._losses, self._computes, self._owed = [], [], 0
+        self._losses, self._computes, self._rates, self._owed = [], [], [], 0
 
     @property
     def free_to_wait(self) -> bool:
@@ -657,6 +661,7 @@ class Worker(Driver):
             g = self._finite(g)
         self._losses.append(loss)
         self._computes.append(now - self._since)
+        self._rates.append(self.rate)
         request = self.loop.send(g)
         if isinstance(request, Ask):
             try:
@@ -687,10 +692,12 @@ class Worker(Driver):
             "want": want,
             "own": True,
         }
+        if self.rate is not None:
+            note["lr"] = self._rates
         self.began, self.failed = [], []
         count = len(self._losses)
         self.exchange.push(msg, count, note)
-        self._losses, self._computes, self._owed = [], [], count
+        self._losses, self._computes, self._rates, self._owed = [], [], [], count
 
     def master(self) -> Tensor:
         def ask() -> Tensor:
