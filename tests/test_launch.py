@@ -188,6 +188,18 @@ def test_a_log_that_cannot_be_written_does_not_end_a_script() -> None:
     assert Path("run/logs/worker-1.log").read_text() == "".join(f"line {i}\n" for i in range(9999))
 
 
+def test_what_workers_print_is_heard() -> None:
+    heard: list[tuple[int, str]] = []
+    launch(
+        "print('a [line]'); sys.stderr.write('1 %\\r99 %\\r100 %\\n'); sys.stdout.write('no end')",
+        hear=lambda worker, text: heard.append((worker, text)),
+        restarts=0,
+    )
+    assert [text for worker, text in heard if worker == 0] == ["a [line]", "100 %", "no end"]
+    assert {worker for worker, _ in heard} == {0, 1}
+    assert "no end" in Path("run/logs/worker-0.log").read_text()
+
+
 def test_what_a_log_has_no_room_for_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offbeat.runtime.processes.MOST", 10)
     path = Path("log")

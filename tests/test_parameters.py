@@ -137,3 +137,32 @@ def test_a_part_of_a_replicas_model_is_saved_at_its_own_size(method: ob.Method) 
         ]
     assert len(pickle.dumps(model[1].state_dict())) == before
     replica.leave()
+
+
+@pytest.mark.parametrize("method", [ob.methods.DanaZero(0.1), ob.methods.LocalSGD()], ids=lambda m: m.name)
+def test_the_state_that_would_be_shipped(method: ob.Method) -> None:
+    """It loads strictly into a module without wrappers: the master's point, frozen parts and buffers, in memory of its own."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[0].bias.requires_grad_(False)
+    model[3].weight = model[2].weight
+    wrapped = torch.compile(model, backend="eager")
+    replica = ob.Replica(wrapped, method)
+    for _ in range(3):
+        model(torch.randn(8, 4)).square().sum().backward()
+        replica.step()
+    state = replica.model_state()
+    other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    other.load_state_dict(state)
+    shipped = replica.worker.master()
+    assert torch.equal(torch.cat([state[n].flatten() for n, p in model.named_parameters() if p.requires_grad]), shipped)
+    assert torch.equal(state["0.bias"], model[0].bias)
+    assert torch.equal(state["1.running_mean"], model[1].running_mean)
+    look_ahead = isinstance(method, ob.methods.DanaZero)
+    assert torch.equal(state["0.weight"], model[0].weight) != look_ahead, (
+        "the model is where the next gradient is taken"
+    )
+    state["3.weight"].zero_()
+    assert model[3].weight.any()
+    replica.leave()
+    assert torch.equal(replica.model_state()["0.weight"], model[0].weight)
+    assert replica.main

@@ -94,6 +94,25 @@ def alone(method: ob.Method = SGD) -> ob.Replica:
 # whose minibatches
 
 
+def test_steps_are_so_many_of_all_workers_together(serve: Serve) -> None:
+    """For a script that draws its minibatches itself: whoever leaves in the middle, others take what it has not."""
+    run = serve(terms())
+    a, b = crew(run)
+
+    def walk(replica: ob.Replica) -> Iterator[list[int]]:
+        for number in replica.steps(N):
+            step(replica, torch.tensor([[float(number)]]))
+            yield [number]
+
+    first, second = walk(a), walk(b)
+    seen = [*next(first), *next(second), *next(second)]
+    a.leave(done=False)
+    seen += flat(second)
+    b.leave()
+    assert sorted(seen) == list(range(N))
+    assert [replica.main for replica in (a, b)] == [True, False]
+
+
 @pytest.mark.parametrize(
     "method", [SGD, ob.methods.LocalSGD(ob.Local(ob.SGD(1e-4)), period=2)], ids=["server", "peers"]
 )

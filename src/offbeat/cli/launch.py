@@ -66,6 +66,8 @@ class Launch(Command):
     """Seconds between two snapshots."""
     evaluations: int = 20
     """How often the model of a task that would be shipped is evaluated, evenly over the gradients."""
+    show: str = "0"
+    """Whose lines are shown here: those of the script of a worker, by its number, of "all", or of "none"; all are in the logs."""
     resume: bool = False
     """Go on from the newest snapshot in --out, if there is one; all workers are started anew."""
     imports: ModuleNames = ()
@@ -86,6 +88,8 @@ class Launch(Command):
         require(self, "warmup", 0 <= self.warmup <= 1, "must be in [0, 1]")
         for name in ("timeout", "every"):
             require(self, name, 0 < getattr(self, name) < float("inf"), "must be finite and above 0 seconds")
+        one = self.show.isdecimal() and int(self.show) < self.workers
+        require(self, "show", one or self.show in ("all", "none"), 'must be a worker\'s number, "all" or "none"')
         for fault in self.faults:
             if not isinstance(fault, Straggler):
                 refuse(
@@ -125,6 +129,7 @@ class Launch(Command):
                 resume=self.resume,
                 say=lambda text: err.print(f"offbeat: {shown(text)}"),
                 watch=tell,
+                hear=self._shows,
             )
             end = processes.run()
         if end.why:
@@ -152,6 +157,13 @@ class Launch(Command):
             )
             return PARTLY
         return status or (0 if end.whole else FAILED)
+
+    def _shows(self, worker: int, text: str) -> None:
+        """Print a line of a worker, where it is one that is shown."""
+        if self.show == "all":
+            out.print(f"worker {worker}: {text}", markup=False, soft_wrap=True)
+        elif self.show == str(worker):
+            out.print(text, markup=False, soft_wrap=True)
 
     def _commands(self, gradients: int | None) -> tuple[list[str], list[str], dict[str, str]]:
         """Commands of a server and of a worker, and variables for both."""

@@ -44,6 +44,8 @@ class Launch:
     say: Callable[[str], None] = print
     watch: Callable[[dict[str, Any]], None] = lambda status: None
     """Called with the server's status, about once a second."""
+    hear: Callable[[int, str], None] = lambda worker, text: None
+    """Called with each line that a worker has printed."""
 
     def run(self) -> Supervisor:
         """Start everything and stay until no process is left; what has decided, which knows how it ended.
@@ -96,8 +98,12 @@ class Launch:
                 yield Exited(name, code, process.tail())
 
     def _hear(self, name: str, lines: Iterable[bytes]) -> Iterator[Event]:
-        """A server's lines: its address first, then its status."""
+        """A server's lines: its address first, then its status. A worker's are only passed on."""
         for text in lines:
+            if name not in self._servers:
+                with contextlib.suppress(OSError):  # the terminal is closed
+                    self.hear(int(name.split()[1]), _seen(text))
+                continue
             try:
                 note = json.loads(text)
             except ValueError:
@@ -153,6 +159,11 @@ class Launch:
         place = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
         python, *script = self.worker
         return [python, "-m", "torch.distributed.run", "--nproc-per-node", str(self.ranks), *place, *script]
+
+
+def _seen(line: bytes) -> str:
+    """A line as a terminal would leave it there: of one that was written over, as a progress bar is, what came last."""
+    return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
 
 
 def _free_port() -> int:

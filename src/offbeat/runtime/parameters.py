@@ -65,6 +65,10 @@ class Parameters:
                 torch._foreach_copy_(parts, _unflatten_dense_tensors(x, parts))  # type: ignore[no-untyped-call]
         self.held = x
 
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """``x`` [d] as views, each of the shape of its parameter."""
+        return [t.view(shape) for t, shape in zip(torch.split(x, self._sizes), self._shapes, strict=True)]
+
     def hold(self, x: Tensor) -> None:
         """`write`, but for the tensor that was read or written last."""
         if x is not self.held:

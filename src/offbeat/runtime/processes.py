@@ -99,7 +99,7 @@ class Process:
         return self._process is not None
 
     def lines(self) -> list[bytes]:
-        """The whole lines that it has written since the last call, where they are heard; else they are added to the log."""
+        """The whole lines that it has written since the last call; where they are not heard, the log has them, too."""
         whole: list[bytes] = []
         while self._stream is not None:
             try:
@@ -107,13 +107,14 @@ class Process:
             except BlockingIOError:
                 break
             if not part:
+                whole.extend([self._line] if self._line else [])
                 self.close()
                 break
             if not self._heard:
                 self.log.add(part)
-                continue
-            *parts, self._line = (self._line + part).split(b"\n")
+            *parts, rest = (self._line + part).split(b"\n")
             whole.extend(parts)
+            self._line = rest[-MOST:]
         return whole
 
     def poll(self) -> int | None:

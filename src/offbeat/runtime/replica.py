@@ -20,7 +20,7 @@ from ..core.method import Method, ServerMethod
 from .edits import OtherSteps, Roster, cannot_follow
 from .exit import Member
 from .host import OtherKind
-from .layout import layout_of
+from .layout import layout_of, plain_name
 from .optimizer import Lending, no_own_steps, stepped_beside
 from .parameters import Parameters
 from .passes import Passes, Shard
@@ -194,6 +194,30 @@ class Replica(Optimizer):
         """How many workers the run was launched with."""
         return self.worker.terms.workers
 
+    @property
+    def main(self) -> bool:
+        """Whether this is the one process of the run that prints, evaluates and saves for all: the first rank of worker 0."""
+        return self.id == 0 and self.team.rank == 0
+
+    def model_state(self) -> dict[str, Any]:
+        """The ``state_dict`` of the model that would be shipped now, as far as this worker knows it: of a server the master's point,
+        else this worker's own model. A copy, by the names of the module without wrappers, which loads it strictly.
+
+        Buffers, such as running statistics, are this worker's. The model itself stays where it is. Raises ``ValueError`` for a
+        model of which each rank has a part.
+        """
+        if not self.flat.whole:
+            raise ValueError("model_state() of a sharded model: no rank has the whole; model.pt has, after the run")
+        if not self._shown:
+            self._notice()
+        x = self.flat.read() if self.worker.left else self.worker.master()
+        parts = {id(p): part for p, part in zip(self.flat.tensors, self.flat.parts(x), strict=True)}
+        state = {}
+        for key, value in self.model.state_dict(keep_vars=True).items():
+            name = key if key.endswith("_extra_state") else plain_name(self.model, key)
+            state[name] = parts.get(id(value), value)
+        return {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in state.items()}
+
     def step(self, loss: Loss | Closure | None = None, *, closure: Closure | None = None) -> Loss | None:  # type: ignore[override]
         """Hand in the gradients that the parameters have, and go on from the next parameters, without gradients.
 
@@ -300,6 +324,12 @@ class Replica(Optimizer):
         so begins where the others are.
         """
         return self.passes.epochs(count)
+
+    def steps(self, count: int) -> Shard[int]:
+        """The numbers 0, ..., ``count`` - 1, each to one worker: for scripts that make their minibatches themselves, as of random
+        pieces of a text or of a game. All workers together take ``count`` steps, whoever is slow or is started again.
+        """
+        return self.shard(range(count))
 
     def leave(self, done: bool = True) -> None:
         """Leave the run in good order, with the weights that the model has, and keeps. ``done`` says that this worker's work is: who is not done is
