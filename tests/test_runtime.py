@@ -1061,6 +1061,22 @@ def test_a_method_is_named_in_one_place() -> None:
     assert "the launcher says ASGD(lr=0.05" in text
     assert "name the method in one place" in text
     assert "start the script with `offbeat launch --method NAME`" in told(lambda: ob.Replica(net(), place=Place()))
+    assert "give one, or the default" in told(lambda: ob.Replica(net(), SGD, default=SGD, place=Place()))
+
+
+def test_a_default_gives_way_to_the_launcher_and_to_the_run(serve: Serve) -> None:
+    other = ob.methods.DanaZero(lr=0.05)
+
+    def taken(place: Place) -> str:
+        with ob.Replica(net(), default=other, place=place) as replica:
+            return repr(replica.worker.terms.method)
+
+    assert taken(Place()) == repr(other)
+    assert taken(Place(method=repr(SGD))) == repr(SGD)
+    assert taken(serve(terms(SGD, None, workers=1)).place()) == repr(SGD)
+    assert taken(serve(terms(None, None, workers=1), folder="free").place()) == repr(other)
+    peers = serve(terms(ob.methods.LocalSGD(), None, workers=1), folder="peers")
+    assert taken(peers.place()) == repr(ob.methods.LocalSGD())
 
 
 @pytest.mark.parametrize("token", ["", "wrong", TOKEN + " "])

@@ -31,7 +31,7 @@ class Dial(Schedule):
         return self.value  # type: ignore[return-value]  # a number where it is one: see `rate`
 
     def __repr__(self) -> str:
-        return f"Dial({self.value!r})"
+        return repr(self.value)  # a method shows the number that it has now
 
     def __eq__(self, other: object) -> bool:
         return self is other

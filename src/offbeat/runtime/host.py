@@ -572,6 +572,7 @@ class Host(ABC):
             )
         said = str(note.get("method") or "")
         if self.method is None:
+            said = said or str(note.get("default") or "")
             if not said:
                 raise Refused("neither the worker nor the launcher names a method: give --method, or one to Replica")
             try:

@@ -84,12 +84,14 @@ class Replica(Optimizer):
         model: nn.Module,
         method: Method | None = None,
         *,
+        default: Method | None = None,
         optimizer: Optimizer | None = None,
         group: ProcessGroup | None = None,
         place: Place | None = None,
         buffers: str = "shared",
     ) -> None:
-        """``optimizer`` takes the local steps in the place of the method's rule: one of ``torch.optim``, or an object of your own
+        """``default`` is the method where neither launcher nor run has another, in the place of ``method``, which must be theirs.
+        ``optimizer`` takes the local steps in the place of the method's rule: one of ``torch.optim``, or an object of your own
         with ``param_groups``, ``state`` and ``step``. ``group`` are the ranks that together are
         this worker, with the model in `DistributedDataParallel` or after ``fully_shard``. ``place`` is where the run is
         (None: what the environment says). ``buffers`` are "shared": those that the first worker has when it joins go to all, and running
@@ -97,8 +99,13 @@ class Replica(Optimizer):
         """
         from ..names import read  # which knows everybody, so not at import
 
-        if method is not None and not isinstance(method, Method):
-            raise TypeError(f"method = {method!r}: give a method such as DanaZero(lr=0.05)")
+        for name, value in (("method", method), ("default", default)):
+            if value is not None and not isinstance(value, Method):
+                raise TypeError(f"{name} = {value!r}: give a method such as DanaZero(lr=0.05)")
+        if method is not None and default is not None:
+            raise ValueError(
+                f"method = {method!r}, default = {default!r}: give one, or the default if the launcher may name another"
+            )
         if group is None and isinstance(model, DistributedDataParallel):
             raise ValueError(
                 "the model is in DistributedDataParallel: name the process group of its ranks, as in group=dist.group.WORLD, "
@@ -109,7 +116,8 @@ class Replica(Optimizer):
         place = place or Place.read(launchers=group is None)
         if place.method and method is not None and repr(read(place.method)) != repr(method):
             raise ValueError(
-                f"the script says {method!r} and the launcher says {place.method}: name the method in one place"
+                f"the script says {method!r} and the launcher says {place.method}: name the method in one place, or give it as "
+                "Replica(model, default=...)"
             )
         model = model.module if isinstance(model, DistributedDataParallel) else model
         self.model, self.flat = model, Parameters(model)
@@ -122,7 +130,10 @@ class Replica(Optimizer):
                 f"this process is worker {place.worker} of the run already, by another Replica, and one worker has one model. Make "
                 "one module of both, such as nn.ModuleList([a, b]), and one Replica of it; or leave() the first one before"
             )
-        method = method if method is not None or not place.method else read(place.method)
+        if method is None and place.method:
+            method = read(place.method)
+        if method is None and (not place.servers or self.team.size > 1):
+            method = default
         x0 = self.flat.held
         self._others = OtherSteps(self.flat.tensors)
         self._roster = Roster(model, self.flat.tensors) if self.flat.whole else None
@@ -135,7 +146,7 @@ class Replica(Optimizer):
                 place,
                 x0,
                 method,
-                {"layout": layout_of(model)},
+                {"layout": layout_of(model)} | ({} if default is None else {"default": repr(default)}),
                 read,
                 _say,
                 self._member.told,
