@@ -123,11 +123,28 @@ def test_the_rate_goes_along_with_the_gradient(serve: Serve, method: ob.Method) 
     assert rates[1:] == pytest.approx([0.05 * 0.97**k for k in range(1, STEPS)])
 
 
+def test_each_worker_s_gradients_have_its_own_rate(serve: Serve) -> None:
+    """Also of one whose script has set none, between those of one that has."""
+    run = serve(Terms(ob.methods.ASGD(0.5), workers=2, beat=0.05))
+    models = [nn.Linear(1, 1, bias=False).double() for _ in range(2)]
+    a, b = (ob.Replica(model, place=run.place(i)) for i, model in enumerate(models))
+    a.param_groups[0]["lr"] = 0.125
+    before, steps = float(run.x()), []
+    for replica in (a, b, a, b, b):
+        replica.model.weight.sum().backward()
+        replica.step()
+        steps.append(before - float(run.x()))
+        before = float(run.x())
+    assert steps == pytest.approx([0.125, 0.5, 0.125, 0.5, 0.5], abs=1e-12)
+    a.leave()
+    b.leave()
+
+
 def test_a_rate_that_is_none_is_refused_by_the_server(serve: Serve) -> None:
     run = serve(Terms(ob.methods.ASGD(0.05), workers=1, beat=0.05))
     model = net()
     replica = ob.Replica(model, place=run.place(0))
-    for wrong in (float("nan"), -1, True, "high", None):
+    for wrong in (float("nan"), -1, True, "high", [0.1, None, []]):
         with pytest.raises(Corrupt, match="worker 0 brings a gradient with the rate"):
             run.server._set_rate(wrong, 0)
     assert run.server.server.dial is None

@@ -6,6 +6,7 @@ handlers of one node run at once, and a node's state is read only after the answ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import singledispatch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .gossip import GossipMethod, PairGossipMethod, PushGossipMethod, RoundGossipMethod
 from .method import Local, Message, Method, ServerMethod
 from .periodic import OuterMethod, PeriodicMethod
-from .rates import Dial, with_rate
+from .rates import Dial, dial_of, with_rate
 from .seeds import derive
 from .topology import Members
 
@@ -274,7 +275,9 @@ class Server:
     clock: dict[int, int] = field(default_factory=dict)
     waiting: dict[int, tuple[int, Message]] = field(default_factory=dict)
     dial: Dial | None = None
-    """The rate that workers have told last; None: the method's own, as nobody has told any."""
+    """The rate of the next visit; None: the method's own, as no script has set any."""
+    base: float | Tensor = math.nan
+    """The method's own rate, once there is a dial."""
     handle: Callable[[Any, Any, Message], tuple[Any, Any, Message]] | None = None
     """What takes the place of the method's ``serve``: the same as a compiled kernel, or with checks. What it raises
     leaves everything as it was."""
@@ -292,13 +295,16 @@ class Server:
         self.clock[worker] = min(self.clock.values(), default=0) if self.method.gated else 0
         return reply
 
-    def tell(self, lr: float) -> None:
-        """From now on the rate is ``lr``, as the script of the worker whose visit comes next has set it. `method` is another one
-        when this is called first."""
-        if self.dial is None:
-            self.dial = Dial(lr)
-            self.method = with_rate(self.method, self.dial)
-        self.dial.value = lr
+    def tell(self, lr: float | None) -> None:
+        """The next visit is of a worker whose script has set the rate ``lr``, or none (None), so that it is the method's own. `method`
+        is another one from the first rate on. ``ValueError`` where the method's own is a schedule."""
+        if lr is not None and self.dial is None:
+            self.dial = dial_of(self.method)
+            if self.dial is None:
+                raise ValueError(f"lr = {lr:g}: the rate of {self.method!r} is a schedule of its own")
+            self.base, self.method = self.dial.value, with_rate(self.method, self.dial)
+        if self.dial is not None:
+            self.dial.value = self.base if lr is None else lr
 
     def leave(self, worker: int) -> dict[int, Message]:
         """Unseat ``worker``; returns the replies that its going lets out, as `visit` does."""

@@ -62,9 +62,10 @@ def replay(trace: Trace, method: Method, problem: Problem, watch: Callable[[Even
                 )
             g, loss = problem.grad(worker.request.x, entry.worker, entry.step)
             lag = server.lag(entry.worker)
-            if (lr := _told(entry)) is not None:
+            lr = _told(entry)
+            if lr is not None:
                 worker.dial.value = lr
-                server.tell(lr)
+            server.tell(lr)
             worker.request = worker.loop.send(g)
             steps[entry.worker] = entry.step + 1
             event = entry._replace(loss=float(loss), lag=lag)

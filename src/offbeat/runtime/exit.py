@@ -177,8 +177,9 @@ class Member:
 
     def _drop(self, owner: object) -> None:
         if self.driver is not None and not self.driver.left and not self.forked:
-            _here.dropped[id(self)] = self
-            _thread.start_new_thread(_here.drop, (id(self),))  # which takes no lock: garbage may be collected under any
+            key = object()
+            _here.dropped[key] = self
+            _thread.start_new_thread(_here.drop, (key,))  # which takes no lock: garbage may be collected under any
 
 
 class _Process:
@@ -193,7 +194,7 @@ class _Process:
         self.status: Any = None
         self.told: float | None = None  # when SIGTERM came
         self.ending = False
-        self.dropped: dict[int, Member | None] = {}  # whose owners are gone; None where a thread has taken it
+        self.dropped: dict[object, Member | None] = {}  # whose owners are gone; None where a thread has taken it
 
     def add(self, member: Member) -> None:
         self.status = None
@@ -220,7 +221,7 @@ class _Process:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.begin()
 
-    def drop(self, key: int) -> None:
+    def drop(self, key: object) -> None:
         """Let a member leave whose owner is gone; in a thread, for which `settle` waits."""
         member, self.dropped[key] = self.dropped[key], None
         assert member is not None

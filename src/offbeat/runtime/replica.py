@@ -62,8 +62,8 @@ class Replica(Optimizer):
     again does not repeat itself. Draw from a generator of your own with ``replica.id`` in its seed.
 
     It is a ``torch.optim.Optimizer``, so clip, accumulate and scale gradients as with any: gradients are those of
-    ``model.parameters()`` until `step`, and ``scaler.step(replica)`` works. A step that the scaler would skip is taken with a gradient of 0: nobody waits for
-    an exchange that does not come, and replicas do not drift apart.
+    ``model.parameters()`` until `step`, and ``scaler.step(replica)`` works. A step that the scaler would skip is taken with a
+    gradient of 0: nobody waits for an exchange that does not come, and replicas do not drift apart.
 
     ``param_groups[0]["lr"]`` is the rate of this worker's gradients, for the schedulers of torch: one of a method's rule at the worker,
     or one that goes along with the gradient to a server that steps by it. Each worker's script sets its own, by the steps or

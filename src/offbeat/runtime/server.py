@@ -198,8 +198,7 @@ class RunServer(Host):
         assert server is not None
         if self.sessions.get(worker) is not session:
             raise Corrupt(f"a late message of a life of worker {worker} that is over: refused")
-        if "lr" in note:
-            self._set_rate(note["lr"], worker)
+        self._set_rate(note.get("lr"), worker)
         brought = leases_in(note.get("used"))
         lag = server.lag(worker)
         gap, extra = self._measure(session, message)
@@ -219,17 +218,21 @@ class RunServer(Host):
         )
 
     def _set_rate(self, rates: Any, worker: int) -> None:
-        """A worker's script has set the rates of the gradients that it brings, the last of which the server steps by."""
+        """A worker's script has set the rates of the gradients that it brings, by the last of which the server steps; None: it has
+        set none."""
+        server = self.server
+        assert server is not None
+        method = server.method
         lr = rates[-1] if isinstance(rates, list) and rates else rates
-        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+        if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf):
             raise Corrupt(
                 f"worker {worker} brings a gradient with the rate {str(lr)[:40]}: must be a number, at least 0"
             )
-        server = self.server
-        assert server is not None
-        first = server.dial is None
-        server.tell(float(lr))
-        if first:  # the method is another one now
+        try:
+            server.tell(lr)
+        except ValueError as error:
+            raise Corrupt(f"worker {worker} brings a gradient with a rate: {error}") from None
+        if server.method is not method:
             self.visits = Visits(server.method, server.x())
             if self.parameters >= LARGE:
                 self.spawn("the search for the fastest way of a visit", self._warm)
