@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import Bowl
-from test_conformance import with_lr
 
 import offbeat as ob
 from offbeat import Crash, Crashes, Join, Loss, Network, Partition, Straggler
 from offbeat.core.gossip import PushGossipMethod, RoundGossipMethod
 from offbeat.core.protocol import SERVER
+from offbeat.core.rates import with_rate
 from offbeat.engines.network import Traffic
 from offbeat.engines.simulator import Simulation
 from offbeat.methods import ASGD, EASGD, AllReduce, PushGossip
@@ -39,7 +39,7 @@ each_method = pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.__name
 @cache
 def calm(cls: type[ob.Method]) -> ob.Method:
     """The method with its defaults, and a rate at which none diverges."""
-    return with_lr(cls(), 0.01)
+    return with_rate(cls(), 0.01)
 
 
 @cache
@@ -107,7 +107,7 @@ def test_faults_change_what_happens(cls: type[ob.Method]) -> None:
 def test_workers_crash_and_come_back_at_a_rate(cls: type[ob.Method]) -> None:
     """One crash per 200 gradients, 10 s away: it still learns, and who comes back works."""
     run = ob.simulate(
-        with_lr(cls(), 0.02),
+        with_rate(cls(), 0.02),
         quadratic := ob.tasks.Quadratic(),
         ob.Cluster(4, SPEED, network=Network(1e-3, 1e6), faults=(Crashes(1 / 200, 10.0),)),
         gradients=300,

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import Bowl, same
-from test_conformance import with_lr
 from torch import Tensor
 
 import offbeat as ob
@@ -22,6 +21,7 @@ from offbeat import Crash, Join, Leave, Link, Network
 from offbeat.core.gossip import PushGossipMethod, RoundGossipMethod
 from offbeat.core.periodic import PeriodicMethod
 from offbeat.core.protocol import SERVER
+from offbeat.core.rates import with_rate
 from offbeat.core.topology import Complete, Exponential, RandomPeer, Ring
 from offbeat.engines.clock import Clock
 from offbeat.engines.network import Traffic
@@ -42,7 +42,7 @@ COSTLY = Network(
 
 def calm(cls: type[ob.Method]) -> ob.Method:
     """The method with its defaults, and a rate at which none diverges."""
-    return with_lr(cls(), 0.01)
+    return with_rate(cls(), 0.01)
 
 
 def simulate(
