@@ -87,7 +87,12 @@ def dropped():
     member.joined(Driver(), owner)
 
 def thread():
-    WorkerThread(print, Driver()).start()
+    over = threading.Event()
+    WorkerThread(over, print, Driver()).start()
+    over.set()
+
+def failed():
+    WorkerThread(threading.Event(), time.sleep, 10_000).start()
 
 {what}()
 """
@@ -100,6 +105,12 @@ def test_python_ends_when_threads_have_freed_what_they_had(what: str) -> None:
         [sys.executable, "-c", SLOW.replace("{what}", what)], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout.split()[-1]) == (0, "freed"), done
+
+
+def test_python_does_not_wait_for_threads_of_a_worker_that_has_not_left() -> None:
+    """As one whose training has failed: its threads would go on."""
+    code = SLOW.replace("{what}", "failed")
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "OFFBEAT_GRACE": "10000"}, check=True, timeout=60)
 
 
 # in this process

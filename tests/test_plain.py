@@ -21,7 +21,7 @@ STATUS = {
     "lives": {},
     "steps": {},
     "finished": [],
-    "ending": False,
+    "ending": "",
     "seconds": 1.5,
     "gradients": 3,
     "total": None,

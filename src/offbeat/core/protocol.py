@@ -296,8 +296,8 @@ class Server:
         return reply
 
     def tell(self, lr: float | None) -> None:
-        """The next visit is of a worker whose script has set the rate ``lr``, or none (None), so that it is the method's own. `method`
-        is another one from the first rate on. ``ValueError`` where the method's own is a schedule."""
+        """The next visit is of a worker whose script has set the rate ``lr``, or none (None), so that it is the method's own.
+        `method` is another one from the first rate on. ``ValueError`` where the method's own is a schedule."""
         if lr is not None and self.dial is None:
             self.dial = dial_of(self.method)
             if self.dial is None:

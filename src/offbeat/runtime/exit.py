@@ -69,10 +69,11 @@ class ScriptEnd:
 
 
 class WorkerThread(threading.Thread):
-    """A thread of a worker, for which `settle` waits; it ends soon after the worker has left."""
+    """A thread of a worker's life, which ends soon after that is ``over``: then `settle` waits for it."""
 
-    def __init__(self, run: Callable[..., None], *args: Any) -> None:
+    def __init__(self, over: threading.Event, run: Callable[..., None], *args: Any) -> None:
         super().__init__(target=run, args=args, daemon=True)
+        self.over = over
 
 
 class Member:
@@ -236,7 +237,7 @@ class _Process:
         until = time.monotonic() + _grace()
         _wait(lambda: not self.dropped, until)
         for thread in threading.enumerate():
-            if isinstance(thread, WorkerThread):
+            if isinstance(thread, WorkerThread) and thread.over.is_set():  # else it goes on, and waits for something
                 thread.join(max(0.0, until - time.monotonic()))
 
     def insist(self) -> None:

@@ -339,7 +339,7 @@ class Peer(Driver):
             except BaseException as error:
                 self._fail(error, head)
 
-        WorkerThread(guarded).start()
+        WorkerThread(self.over, guarded).start()
 
     def _fail(self, error: BaseException, head: Header) -> None:
         """End this worker, if the life of ``head`` is not over: its loop raises ``error`` as soon as it waits or sends."""

@@ -257,7 +257,7 @@ class Remote(Exchange):
         self.beat = first["beat"]
         if self.silent.is_set():
             self.silent.clear()
-            WorkerThread(self._beats).start()
+            WorkerThread(self.silent, self._beats).start()
         assert method is not None
         step = self.shards[0].step
         return Terms(first["worker"], method, first["seed"], first["workers"], step, self._whole(replies))
