@@ -20,8 +20,15 @@ from offbeat.runtime.worker import Driver
 __all__ = ["runs"]  # a fixture
 
 
-def test_a_word_of_the_coordinator_that_makes_no_sense_ends_the_script(runs: Callable[..., Run]) -> None:
-    """News without a note raise in the thread that reads them."""
+def test_a_word_of_the_coordinator_that_makes_no_sense_ends_the_script(
+    runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """News without a note raise in the thread that reads them, which says so while its link is open: else the loop may see first
+    that this is closed, and begin another life."""
+    fail, places = Peer._fail, list[int]()
+    monkeypatch.setattr(
+        Peer, "_fail", lambda peer, *about: (places.append(peer.link.sock.fileno()), fail(peer, *about))[1]
+    )
     run = runs(ob.methods.DPSGD(), 1, None)
     waits = threading.Event()
 
@@ -37,6 +44,7 @@ def test_a_word_of_the_coordinator_that_makes_no_sense_ends_the_script(runs: Cal
     (error,) = until(lambda: run.errors, "the error of the thread", 30)
     assert isinstance(error, TypeError)
     assert error.__notes__ == ["raised in a thread of worker 0, which cannot go on"]
+    assert places[0] >= 0
 
 
 def test_a_method_that_cannot_begin_ends_the_script(runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

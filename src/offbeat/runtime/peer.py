@@ -291,7 +291,7 @@ class Peer(Driver):
         if note["model"]:
             link.send(head._replace(kind=Kind.MODEL), Form.of(self.x0).pack(self.x0))
         self._spawn(self._accept, listener, head.incarnation)
-        self._spawn(self._read, link, head.incarnation)
+        self._spawn(self._read, link, head)
         self._spawn(self._beats, link, head, float(note["beat"]), self.over)
 
     def _begin_life(self) -> None:
@@ -356,7 +356,7 @@ class Peer(Driver):
         if self.failure is not None:
             raise self.failure
 
-    def _read(self, link: Link, life: int) -> None:
+    def _read(self, link: Link, head: Header) -> None:
         """Take what the coordinator sends: news at once, answers for whoever has asked."""
         model = Form.of(self.x0)
         due = {Kind.NEWS: 0, Kind.ANSWER: 0, Kind.MEET: 0, Kind.MODEL: model.bytes, Kind.REFUSED: 0}
@@ -379,9 +379,13 @@ class Peer(Driver):
                     self.changed.notify_all()
         except (LinkLost, Corrupt) as lost:
             with self.changed:
-                if life == self.incarnation:
+                if head.incarnation == self.incarnation:
                     self.lost = str(lost)
                 self.changed.notify_all()
+        except (
+            Exception
+        ) as error:  # told before the link is closed, by which the loop would see no more than that this life is lost
+            self._fail(error, head)
         finally:
             link.close()
 
