@@ -327,7 +327,7 @@ class Mine:
         pass
 
 
-@pytest.mark.parametrize("way", ["exchange", "an object"])
+@pytest.mark.parametrize("way", ["exchange", "an object", "several"])
 @pytest.mark.parametrize("cls", STEPPING, ids=named)
 def test_steps_of_the_scripts_own_are_those_of_its_optimizer(cls: type[ob.Method], way: str) -> None:
     """Two optimizers that the script steps, and then the exchange: bit for bit what `step` does with one optimizer of both."""
@@ -335,9 +335,9 @@ def test_steps_of_the_scripts_own_are_those_of_its_optimizer(cls: type[ob.Method
     groups = [[{"params": m[i].parameters(), "lr": lr} for i, lr in zip((0, 2), rates, strict=True)] for m in models]
     whole = torch.optim.SGD(groups[0], momentum=0.9)
     parts = [torch.optim.SGD([group], momentum=0.9) for group in groups[1]]
-    own: Any = Mine(*parts) if way == "an object" else torch.optim.SGD(groups[1])
+    own: Any = {"an object": Mine(*parts), "several": parts}.get(way) or torch.optim.SGD(groups[1])
     method = short(cls)
-    if isinstance(method, ob.methods.SlowMo):
+    if isinstance(method, ob.methods.SlowMo) and way != "several":
         method = replace(method, buffering="maintain")
     a, b = ob.Replica(models[0], method, optimizer=whole), ob.Replica(models[1], method, optimizer=own)
     for k in range(10):
@@ -346,7 +346,7 @@ def test_steps_of_the_scripts_own_are_those_of_its_optimizer(cls: type[ob.Method
         a.step(loss=1.0)
         for part in parts:
             part.step()
-        if way == "exchange":
+        if way != "an object":
             b.exchange(loss=1.0)
         else:
             b.step()

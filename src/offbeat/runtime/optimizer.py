@@ -6,8 +6,9 @@ import contextlib
 import inspect
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,52 @@ class Live:
     """The entries of its state that are averaged, and their dtypes; None until they are asked for."""
 
 
+class Several:
+    """Optimizers of one model, each over some of its parameters, as one: a step is one of each, in their order."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.optimizers = tuple(optimizers)
+        self.state = States(self.optimizers)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+
+class States(Mapping[Tensor, Any]):
+    """The states of several optimizers, by parameter."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+
+    def __getitem__(self, p: Tensor) -> Any:
+        for optimizer in self.optimizers:
+            if p in optimizer.state:  # which makes an entry for what it is asked for
+                return optimizer.state[p]
+        raise KeyError(p)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return chain.from_iterable(optimizer.state for optimizer in self.optimizers)
+
+    def __len__(self) -> int:
+        return sum(len(optimizer.state) for optimizer in self.optimizers)
+
+    def clear(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
+
 @dataclass(frozen=True, eq=False)
 class UserRule(Rule):
     """Steps by a ``torch.optim`` optimizer over a model's `Parameters`; its rate is that of its first group.
@@ -62,7 +109,7 @@ class UserRule(Rule):
     lr: Any = 1.0
     """Not used: the optimizer has its own."""
     optimizer: Any = None
-    """A ``torch.optim.Optimizer`` over the parameters of ``flat``, or what has its ``param_groups``, ``state`` and ``step``."""
+    """A ``torch.optim.Optimizer`` over the parameters of ``flat``, `Several`, or what has its ``param_groups``, ``state`` and ``step``."""
     flat: Any = None
     """The `Parameters` of the model."""
     steps: Any = None
@@ -160,11 +207,13 @@ class UserRule(Rule):
         if self.live.names is None:
             found: dict[str, torch.dtype] = {}
             ours = set(self.flat.tensors)
-            for group in self.optimizer.param_groups:
-                for p in filter(ours.__contains__, group["params"]):
-                    state = self.optimizer.state.get(p) or _first_state(self.optimizer, group, p)
-                    for name, value in _buffers(p, state):
-                        found.setdefault(name, value.dtype)
+            several = isinstance(self.optimizer, Several)
+            for optimizer in self.optimizer.optimizers if several else (self.optimizer,):
+                for group in optimizer.param_groups:
+                    for p in filter(ours.__contains__, group["params"]):
+                        state = optimizer.state.get(p) or _first_state(optimizer, group, p)
+                        for name, value in _buffers(p, state):
+                            found.setdefault(name, value.dtype)
             self.live.names = dict(sorted(found.items()))
         return self.live.names
 
@@ -202,6 +251,8 @@ def _first_state(optimizer: Any, group: dict[str, Any], p: Tensor) -> dict[str, 
 
 def _evaluates(optimizer: Any) -> bool:
     """Whether its step cannot be called without a closure, as that of LBFGS."""
+    if isinstance(optimizer, Several):
+        return any(map(_evaluates, optimizer.optimizers))
     _, *rest = inspect.signature(type(optimizer).step).parameters.values()
     return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in rest)
 
@@ -217,7 +268,10 @@ def borrowed(w: Any) -> Borrowed:
 def lent(method: Method, optimizer: Any, flat: Parameters, steps: OtherSteps) -> tuple[Method, UserRule]:
     """``method`` with ``optimizer`` in the place of its rule. Raises ``ValueError`` where it has none."""
     ours = set(flat.tensors)
-    theirs = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad or p in ours}
+    given = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad or p in ours]
+    theirs = set(given)
+    if len(theirs) < len(given):
+        raise ValueError(f"{len(given) - len(theirs)} parameters are in several optimizers: put each into one")
     if ours != theirs:
         raise ValueError(
             f"the optimizer has {len(theirs)} trainable parameters, of which {len(ours & theirs)} are the model's "
@@ -303,7 +357,7 @@ class Lending:
     @property
     def own_steps(self) -> bool:
         """Whether the optimizer is an object of the script's own, whose step may be no more than that others have stepped."""
-        return self.optimizer is not None and not isinstance(self.optimizer, torch.optim.Optimizer)
+        return self.optimizer is not None and not isinstance(self.optimizer, torch.optim.Optimizer | Several)
 
     @property
     def direct(self) -> UserRule | None:
@@ -323,10 +377,10 @@ def with_rule(method: Method, rule: Rule) -> Method | None:
     return None
 
 
-def stepped_beside(stepped: torch.optim.Optimizer, given: torch.optim.Optimizer | None, method: Method) -> str:
-    """What to say of an optimizer that has stepped the parameters of a replica, which was ``given`` one or not."""
+def stepped_beside(stepped: torch.optim.Optimizer, given: Any, method: Method) -> str:
+    """What to say of an optimizer that has stepped the parameters of a replica, which was ``given`` one, several, or none."""
     name = type(stepped).__name__
-    if stepped is given:
+    if stepped is given or (isinstance(given, Several) and stepped in given.optimizers):
         cure = "replica.step() calls it: leave optimizer.step() out, or call replica.exchange() after it in place of replica.step()"
     elif given is not None:
         cure = f"the replica has the {type(given).__name__} that it was given: make one optimizer of all, and leave this step out"

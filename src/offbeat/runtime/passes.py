@@ -184,6 +184,10 @@ class Passes:
         self.clones: weakref.WeakKeyDictionary[Any, tuple[Any, Deal]] = weakref.WeakKeyDictionary()
         self.parts: list[Part] = []  # of passes that are not at their end, the last one inside of the others
         self.told = set[str]()  # what kinds of things were said
+        self.running = 0  # passes that are not at their end, of any kind of data
+        self.position = 0  # up to which minibatch of the run this worker has got, over all passes, one after the other
+        self.over = 0  # passes that are over, or epochs
+        self.taken = 0  # minibatches that this worker has had
 
     @property
     def replica(self) -> Replica:
@@ -248,10 +252,21 @@ class Passes:
         member.check()
         member.unfinished = True
         replica._own()
-        yield from self._turns(source, key) if isinstance(source, Stream) else self._leased(source, key)
+        self.running += 1
+        try:
+            yield from self._turns(source, key) if isinstance(source, Stream) else self._leased(source, key)
+        finally:
+            self.running -= 1
+        if key[0] <= 0:  # the first pass of its epoch, or one that is counted
+            self.over = max(self.over, key[1] + 1)
         with member.turn():
             replica._show()
         member.unfinished = False
+
+    def reach(self, position: int) -> None:
+        """This worker has a minibatch, the ``position``-th of the run."""
+        self.taken += 1
+        self.position = max(self.position, position)
 
     def _leased(self, source: Items | Batches, key: Key) -> Iterator[Any]:
         worker, part, whole = self.replica.worker, Part(self, source, key), False
@@ -279,13 +294,14 @@ class Passes:
         )
         count = replica.worker.terms.workers * team.size
         number = (replica.id * team.size + team.rank) % count
-        streams, first = GeneratorStates(derive(replica.worker.terms.seed, *key), []), True
-        for mine, item in source.deal(number, count, streams):
+        streams, first, before = GeneratorStates(derive(replica.worker.terms.seed, *key), []), True, self.position
+        for k, (mine, item) in enumerate(source.deal(number, count, streams)):
             if first:
                 first, opening = False, Opening(*key, None, f"{source.kind} {digest(item)}")
                 self.ask({"open": opening, "want": 0})
             if mine:
                 replica._own()
+                self.reach(before + (k + 1) // team.size)
                 yield item
 
 
@@ -329,6 +345,8 @@ class Part:
         if life != self.worker.life:
             return False
         self.worker.use(lease, indices)
+        if lease.series <= 0:
+            self.passes.reach(lease.number * (self.opening.length or 0) + lease.place + 1)
         return True
 
     def rest(self) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..core.gossip import GossipMethod
@@ -21,11 +20,13 @@ from .edits import OtherSteps, Roster, cannot_follow
 from .exit import Member
 from .host import OtherKind
 from .layout import layout_of, plain_name
-from .optimizer import Lending, no_own_steps, stepped_beside
+from .models import Model, called, one_module
+from .optimizer import Lending, Several, no_own_steps, stepped_beside
 from .parameters import Parameters
 from .passes import Passes, Shard
 from .peer import Peer, Solitary
 from .place import Place
+from .schedulers import RunScheduler
 from .shared_state import Shared
 from .statistics import Statistics
 from .streams import seed_streams
@@ -33,6 +34,7 @@ from .team import Team, Together
 from .worker import SKIPS, Alone, Driver, Parse, Remote, Worker
 
 T = TypeVar("T")
+S = TypeVar("S")
 Loss = Tensor | float
 Closure = Callable[[], Loss]
 IN_PLACE = torch.empty(0)
@@ -50,7 +52,8 @@ class Replica(Optimizer):
     Joins the run that ``offbeat launch`` (or ``OFFBEAT_SERVER``) describes; started by itself, the script is a run of one
     worker. From then on ``model`` holds the parameters at which the run wants this worker's next gradient.
 
-    ``model`` is any module with trainable parameters of one dtype and device; move and cast it before. Its frozen parameters and
+    ``model`` is any module with trainable parameters of one dtype and device, or a dictionary or list of modules, such as the two of
+    a GAN, that are one model; move and cast it before. Its frozen parameters and
     buffers are made those of the first worker; buffers that change in training (running statistics) are this worker's own from then on. ``method`` may be any; None: the launcher names it. A broken link
     is dialled again for up to ``OFFBEAT_PATIENCE`` seconds. SIGTERM makes the worker finish its step, leave in good order
     and exit; see `offbeat.runtime.exit` for what happens where no step comes, and `leave` for the end of a script. A handler
@@ -81,18 +84,19 @@ class Replica(Optimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         method: Method | None = None,
         *,
         default: Method | None = None,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         group: ProcessGroup | None = None,
         place: Place | None = None,
         buffers: str = "shared",
     ) -> None:
         """``default`` is the method where neither launcher nor run has another, in the place of ``method``, which must be theirs.
-        ``optimizer`` takes the local steps in the place of the method's rule: one of ``torch.optim``, or an object of your own
-        with ``param_groups``, ``state`` and ``step``. ``group`` are the ranks that together are
+        ``optimizer`` takes the local steps in the place of the method's rule: one of ``torch.optim``, several in a list that each have
+        some of the parameters (the first one's rate is that which the method counts with), or an object of your own with
+        ``param_groups``, ``state`` and ``step``. ``group`` are the ranks that together are
         this worker, with the model in `DistributedDataParallel` or after ``fully_shard``. ``place`` is where the run is
         (None: what the environment says). ``buffers`` are "shared": those that the first worker has when it joins go to all, and running
         statistics of batch norm are taken anew after a pass; or this worker's "own", which are left alone.
@@ -106,11 +110,7 @@ class Replica(Optimizer):
             raise ValueError(
                 f"method = {method!r}, default = {default!r}: give one, or the default if the launcher may name another"
             )
-        if group is None and isinstance(model, DistributedDataParallel):
-            raise ValueError(
-                "the model is in DistributedDataParallel: name the process group of its ranks, as in group=dist.group.WORLD, "
-                "if they are to be one worker; if each is to be one, give and train the module inside"
-            )
+        module = one_module(model, ranks=group is not None)
         if buffers not in ("shared", "own"):
             raise ValueError(f'buffers = {buffers!r}: must be "shared" or "own"')
         place = place or Place.read(launchers=group is None)
@@ -119,8 +119,7 @@ class Replica(Optimizer):
                 f"the script says {method!r} and the launcher says {place.method}: name the method in one place, or give it as "
                 "Replica(model, default=...)"
             )
-        model = model.module if isinstance(model, DistributedDataParallel) else model
-        self.model, self.flat = model, Parameters(model)
+        self.model, self.flat = module, Parameters(module)
         self.team = Team(group, self.flat.whole)
         if group is None and not self.team.whole:
             raise ValueError("the model is sharded: name the process group of its ranks, as in group=dist.group.WORLD")
@@ -136,17 +135,18 @@ class Replica(Optimizer):
             method = default
         x0 = self.flat.held
         self._others = OtherSteps(self.flat.tensors)
-        self._roster = Roster(model, self.flat.tensors) if self.flat.whole else None
-        self._lending = Lending(optimizer, self.flat, self._others)
-        self._statistics = Statistics(model, _say) if buffers == "shared" else None
-        shared = Shared(model, buffers == "shared", self.team.whole) if place.servers else None
+        self._roster = Roster(module, self.flat.tensors) if self.flat.whole else None
+        own = Several(optimizer) if isinstance(optimizer, Sequence) else optimizer
+        self._lending = Lending(own, self.flat, self._others)
+        self._statistics = [Statistics(part, _say) for part in called(module)] if buffers == "shared" else []
+        shared = Shared(module, buffers == "shared", self.team.whole) if place.servers else None
         self._member = Member(_say)
         try:
             self.worker = enter(
                 place,
                 x0,
                 method,
-                {"layout": layout_of(model)} | ({} if default is None else {"default": repr(default)}),
+                {"layout": layout_of(module)} | ({} if default is None else {"default": repr(default)}),
                 read,
                 _say,
                 self._member.told,
@@ -342,6 +342,15 @@ class Replica(Optimizer):
         """
         return self.shard(range(count))
 
+    def schedule(self, scheduler: S) -> S:
+        """``scheduler``, of ``torch.optim.lr_scheduler``, such that its ``step()`` brings it to where the run is.
+
+        For one that counts a plain script's steps, as ``OneCycleLR`` does, or its epochs: called within a pass of `shard` it goes by
+        minibatches, and after one by passes. All workers together then go through the schedule once, and one that is started
+        again goes on at the run's place.
+        """
+        return cast(S, RunScheduler(scheduler, self.passes))
+
     def leave(self, done: bool = True) -> None:
         """Leave the run in good order, with the weights that the model has, and keeps. ``done`` says that this worker's work is: who is not done is
         waited for, as another process may go on in its place.
@@ -355,8 +364,8 @@ class Replica(Optimizer):
             ):  # where the method cannot take its weights over, they are the script's own
                 self._notice()
         self._member.leave(done)
-        if self._statistics is not None:
-            self._statistics.forget()
+        for statistics in self._statistics:
+            statistics.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -401,8 +410,8 @@ class Replica(Optimizer):
         moved = self.team.any(not torch.equal(x, self.worker.x))
         self.flat.write(x)
         self._shown = True
-        if moved and self._statistics is not None:
-            self._statistics.take(lambda count: -self.team.highest(-count))
+        for statistics in self._statistics if moved else ():
+            statistics.take(lambda count: -self.team.highest(-count))
 
     def _own(self) -> None:
         """Put the worker's parameters into the model, where it holds others."""
