@@ -9,6 +9,7 @@ before the clock starts where the model is large enough for that.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import tempfile
@@ -23,6 +24,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import offbeat as ob
+from offbeat.log import WORKER
 from offbeat.names import read
 from offbeat.runtime.gloo import GlooLink
 from offbeat.runtime.host import Terms
@@ -43,7 +45,7 @@ def exchange(address: str, me: int, d: int, count: int, told: Any) -> None:
     """A worker that does nothing but exchange; puts the seconds of ``count`` exchanges, some times."""
     torch.set_num_threads(1)
     place = Place((address,), TOKEN, me, repr(ob.methods.ASGD(lr=1e-6)), timeout=TIMEOUT)
-    worker = Worker(Remote(place, torch.zeros(d), {"method": "", "layout": None}, read), print)
+    worker = Worker(Remote(place, torch.zeros(d), {"method": "", "layout": None}, read), WORKER)
     g = torch.full((d,), 1e-3)
     for _ in range(3):
         worker.step(g, 0.0)
@@ -62,11 +64,14 @@ def ours(transport: str, d: int, workers: int, count: int) -> list[float]:
         terms = Terms(ob.methods.ASGD(lr=1e-6), None, workers, transport=transport, timeout=TIMEOUT, every=1e9)
         compiled = threading.Event()
 
-        def say(text: str) -> None:
-            if "visit" in text:  # which way is faster, or why it is not compiled
+        def look(line: logging.LogRecord) -> bool:
+            if "visit" in line.getMessage():  # which way is faster, or why it is not compiled
                 compiled.set()
+            return False
 
-        server = RunServer(terms, TOKEN, Path(folder), read, say)
+        log = logging.Logger("bench")
+        log.addFilter(look)
+        server = RunServer(terms, TOKEN, Path(folder), read, log)
         thread = threading.Thread(target=server.run)
         thread.start()
         context = mp.get_context("spawn")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -47,6 +48,24 @@ def until(true: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
     return value
 
 
+class Heard(logging.Handler):
+    """Adds all lines that it gets to ``said``."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__()
+        self.said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+def heard(said: list[str] | None = None) -> logging.Logger:
+    """A logger of one's own, whose lines are added to ``said``."""
+    log = logging.Logger("test")
+    log.addHandler(Heard([] if said is None else said))
+    return log
+
+
 def at_work() -> set[int]:
     """The other threads that are inside of this project's code. Some of torch's compiler stay for good, idle."""
     here = str(Path(ob.__file__).parent)
@@ -87,7 +106,7 @@ class Serving:
         self.said: list[str] = []
         self.folder = folder
         self.well: bool | None = None  # what the server's run returns
-        self.server: Any = host_for(terms)(terms, token, folder, parse, self.said.append, port=port)
+        self.server: Any = host_for(terms)(terms, token, folder, parse, heard(self.said), port=port)
         try:
             self.resumed = resume and self.server.resume(anew)
         except BaseException:
@@ -132,8 +151,8 @@ def remote(place: Place, problem: ob.Problem, method: str = "") -> Remote:
     return Remote(place, problem.x0(), {"method": method, "layout": None, "problem": repr(problem)}, read)
 
 
-def hire(place: Place, problem: ob.Problem, say: Callable[[str], None] = lambda text: None) -> Worker:
-    return Worker(remote(place, problem), say)
+def hire(place: Place, problem: ob.Problem, log: logging.Logger | None = None) -> Worker:
+    return Worker(remote(place, problem), log or heard())
 
 
 def labour(

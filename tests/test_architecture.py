@@ -26,9 +26,10 @@ ARROWS: dict[str, tuple[set[str], set[str] | None]] = {
     "trace": ({"plain"}, {"torch"}),
     "failure": ({"trace"}, {"torch"}),
     "cpus": (set(), set()),
+    "log": (set(), set()),
     "engines": ({"core", "engines", "trace", "failure", "__version__"}, {"torch"}),
     "runtime": (
-        {"core", "engines", "names", "plain", "runtime", "tasks", "trace", "failure", "__version__"},
+        {"core", "engines", "log", "names", "plain", "runtime", "tasks", "trace", "failure", "__version__"},
         {"torch"},
     ),
     "experiment": (EVERYBODY, ANYTHING),

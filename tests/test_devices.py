@@ -20,7 +20,7 @@ from typing import Any
 import fake_device
 import pytest
 import torch
-from crew import Serving, until
+from crew import Serving, heard, until
 from test_peers import PEERS, PROBLEM, Run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -109,7 +109,7 @@ def test_what_is_sent_is_the_same_from_any_device_to_any_device() -> None:
 @each(METHODS)
 def test_a_worker_alone(cls: type[ob.Method]) -> None:
     def trained(device: torch.device) -> Tensor:
-        driver = enter(Place(), PROBLEM.x0().to(device), short(cls), {}, read, print)
+        driver = enter(Place(), PROBLEM.x0().to(device), short(cls), {}, read, heard())
         steps(driver, 12, device)
         return driver.master().cpu()
 
@@ -131,7 +131,7 @@ def test_a_worker_of_servers(
         parts = [serve(replace(terms, shard=(k, servers)), folder=f"{device}{k}") for k in range(servers)]
         place = replace(parts[0].place(0), servers=tuple(part.address for part in parts))
         hello = {"problem": repr(PROBLEM), "layout": None}
-        driver: Any = enter(place, PROBLEM.x0().to(device), terms.method, hello, read, print)
+        driver: Any = enter(place, PROBLEM.x0().to(device), terms.method, hello, read, heard())
         steps(driver, 9, device)
         driver.exchange.shards[0].link.hang_up()
         steps(driver, 9, device)
@@ -153,7 +153,7 @@ class Moved(Run):
     def enter(self, worker: int) -> Driver:
         hello = {"problem": repr(PROBLEM), "layout": None}
         place, x0 = replace(self.place, worker=worker), PROBLEM.x0().to(DEVICE)
-        return enter(place, x0, self.method, hello, read, self.said.append)
+        return enter(place, x0, self.method, hello, read, heard(self.said))
 
 
 @pytest.fixture

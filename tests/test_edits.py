@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from crew import Serving
+from crew import Serving, heard
 from test_peers import Run, runs
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -112,7 +112,7 @@ def test_a_block_begins_where_the_script_has_put_the_model_and_else_has_moved_so
 
 def test_a_peer_that_was_visited_meanwhile_moves_as_far_as_the_script_has() -> None:
     method, x = ob.methods.ADPSGD(), torch.tensor([1.0, 2.0])
-    driver = Solitary(method, x, print)
+    driver = Solitary(method, x, heard())
     driver.step(torch.zeros(2), 0.0)
     driver.node.state, _ = method.meet(driver.node.state, torch.tensor([5.0, 2.0]))
     assert driver.moved(torch.tensor([1.0, 7.0]), x)

@@ -67,6 +67,7 @@ def test_what_counts_as_done(ending: ScriptEnd, why: str) -> None:
 SLOW = """
 import threading, time
 from types import SimpleNamespace
+from offbeat.log import WORKER
 from offbeat.runtime.exit import Member, WorkerThread
 
 class Driver:
@@ -82,7 +83,7 @@ class Owner:
     pass
 
 def dropped():
-    owner, member = Owner(), Member(print)
+    owner, member = Owner(), Member(WORKER)
     member.unfinished = False  # its passes have ended
     member.joined(Driver(), owner)
 

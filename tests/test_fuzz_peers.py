@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from crew import time_out, until
+from crew import heard, time_out, until
 from test_fuzz import anything, files, flip, rest
 from test_peers import PROBLEM, TOKEN, Run
 from torch import Tensor
@@ -240,7 +240,7 @@ def member(target: Target) -> Any:
     """A peer that has begun."""
     place = replace(target.run.place, worker=7)
     return enter(
-        place, PROBLEM.x0(), target.run.method, {"problem": "", "layout": None}, ob.names.read, target.run.said.append
+        place, PROBLEM.x0(), target.run.method, {"problem": "", "layout": None}, ob.names.read, heard(target.run.said)
     )
 
 
@@ -333,7 +333,7 @@ def test_a_member_of_a_group_that_does_not_say_where_it_listens(entry: Any, targ
     one.begin()
     peer = member(one)
     peer._call_out = lambda name, _: peer.link.send(peer.head._replace(kind=Kind.MEET), None, {"group": name} | entry)
-    peer.say = lambda text: peer._hang_up()  # when it has to say that the average has broken
+    peer.log.addFilter(lambda line: peer._hang_up())  # when it has to say that the average has broken
     peer._mend = lambda lost: None
     while not peer.lost:
         peer.step(torch.zeros_like(peer.x), 0.0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import io
 import os
 import resource
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from crew import TOKEN, Serving, hire, remote, until
+from crew import TOKEN, Serving, heard, hire, remote, until
 from test_peers import PROBLEM as QUADRATIC
 from test_peers import Run, runs  # noqa: F401
 from torch import Tensor
 
 import offbeat as ob
 from offbeat.cli.run import _ended
+from offbeat.log import SERVER, Lines, lines_to
 from offbeat.runtime import host, journal, snapshot
 from offbeat.runtime.coordinator import Coordinator
 from offbeat.runtime.host import Terms
@@ -164,7 +167,7 @@ def test_the_last_model_waits_for_room(serve: Serve, disk: Disk) -> None:
     run.join()
     assert run.well
     assert torch.load(run.folder / "model.pt", weights_only=True)["x"].equal(run.x())
-    assert snapshot.newest(run.folder / "snapshots", print)[1]["steps"] == {0: 3}  # type: ignore[index]
+    assert snapshot.newest(run.folder / "snapshots", heard())[1]["steps"] == {0: 3}  # type: ignore[index]
     assert len(run.trace()) == 3
 
 
@@ -243,7 +246,7 @@ def test_the_trace_that_waits_in_memory_has_a_bound(
 ) -> None:
     monkeypatch.setattr(journal, "WAITING", 200)
     said: list[str] = []
-    kept = Journal(tmp_path / "trace.jsonl", 0, said.append)
+    kept = Journal(tmp_path / "trace.jsonl", 0, heard(said))
     disk.full = True
     for k in range(100):
         kept.add({"k": k})
@@ -300,7 +303,7 @@ def test_a_trace_that_a_power_cut_has_shortened(serve: Serve, cut: Callable[[byt
     run.stop()
     worker.leave(done=False)
     path = run.folder / "trace.jsonl"
-    data = path.read_bytes()[: snapshot.newest(run.folder / "snapshots", print)[1]["trace"]]  # type: ignore[index]
+    data = path.read_bytes()[: snapshot.newest(run.folder / "snapshots", heard())[1]["trace"]]  # type: ignore[index]
     path.write_bytes(cut(data))
     again = serve(terms(), folder="run", resume=True)
     other = hire(again.place(0), PROBLEM)
@@ -330,7 +333,7 @@ def test_the_trace_is_on_the_disk_before_the_snapshot_that_names_its_place(
 
     monkeypatch.setattr(os, "fsync", sync)
     assert run.server.save()
-    place = snapshot.newest(run.folder / "snapshots", print)[1]["trace"]  # type: ignore[index]
+    place = snapshot.newest(run.folder / "snapshots", heard())[1]["trace"]  # type: ignore[index]
     assert synced[0] == ((run.folder / "trace.jsonl").stat().st_ino, place)
     worker.leave(done=True)
     run.join()
@@ -410,7 +413,7 @@ def test_two_living_workers_with_one_number(serve: Serve) -> None:
     run = serve(terms(timeout=1.0))
     first, said = hire(run.place(3), PROBLEM), list[str]()
     second = remote(run.place(3), PROBLEM)
-    second.say = said.append
+    second.log = heard(said)
     with pytest.raises(
         ValueError, match="worker 3 is another process, which is alive: unset OFFBEAT_WORKER, or give each"
     ):
@@ -529,16 +532,19 @@ def test_a_watcher_that_fails_ends_the_run_with_a_snapshot(serve: Serve) -> None
     worker.leave(done=False)
     assert not run.well
     assert count(run, "the host failed (KeyError('mine'))") == 1
-    assert snapshot.newest(run.folder / "snapshots", print)[1]["steps"] == {0: 2}  # type: ignore[index]
+    assert snapshot.newest(run.folder / "snapshots", heard())[1]["steps"] == {0: 2}  # type: ignore[index]
 
 
-def test_a_log_that_cannot_be_written_does_not_matter(tmp_path: Path) -> None:
-    def say(text: str) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_a_log_that_cannot_be_written_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    run = ob.runtime.server.RunServer(terms(), TOKEN, tmp_path, ob.names.read, say)
-    run.say("anything")
-    run.close()
+    monkeypatch.setattr(sys, "stderr", Full())
+    with lines_to(Lines()):
+        run = ob.runtime.server.RunServer(terms(), TOKEN, tmp_path, ob.names.read, SERVER)
+        run.log.warning("anything")
+        run.close()
 
 
 # memory
@@ -578,7 +584,7 @@ def test_a_snapshot_is_as_large_as_the_state_without_workers(serve: Serve) -> No
     for worker in workers:
         step(worker, 2)
     assert run.server.save()
-    content = snapshot.newest(run.folder / "snapshots", print)[1]  # type: ignore[index]
+    content = snapshot.newest(run.folder / "snapshots", heard())[1]  # type: ignore[index]
     assert content["there"] == [0, 1, 2]
     assert sum(t.numel() for t in content["state"] if t.dim()) == 2 * PROBLEM.d
     assert sum(w["gradients"] for w in run.server.status()["workers"]) == 6
@@ -591,7 +597,7 @@ def test_a_snapshot_is_as_large_as_the_state_without_workers(serve: Serve) -> No
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 20_000_000), (torch.bfloat16, 50_000_000)])
 def test_the_mean_of_shown_models_is_taken_one_by_one(tmp_path: Path, dtype: torch.dtype, most: int) -> None:
     """So it needs one model more, and of short numbers the sum and one of them as float32."""
-    made = Coordinator(Terms(ob.methods.DPSGD()), TOKEN, tmp_path, ob.names.read, print)
+    made = Coordinator(Terms(ob.methods.DPSGD()), TOKEN, tmp_path, ob.names.read, heard())
     made.shown = {k: torch.full((4_000_000,), 1.0 + k % 3, dtype=dtype) for k in range(6)}
     with within(most):
         x = made.x()

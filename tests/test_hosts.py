@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from crew import TOKEN, Processes, Run, until
+from crew import TOKEN, Processes, Run, heard, until
 
 import offbeat as ob
 from offbeat.runtime import snapshot
@@ -120,7 +120,7 @@ class Across(Run):
         for worker in range(3):
             steps = [event.step for event in trace if event.worker == worker]
             assert steps == list(range(len(steps)))
-        found = snapshot.newest(self.folder / "snapshots", print)
+        found = snapshot.newest(self.folder / "snapshots", heard())
         assert found
         (one,) = found[1]["leases"]["passes"]
         assert (found[1]["leases"]["done"], one["next"], one["returned"]) == (self.gradients, self.gradients, [])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import same
-from crew import TOKEN, Processes, Run, alive, descendants, load, until
+from crew import TOKEN, Processes, Run, alive, descendants, heard, load, until
 
 import offbeat as ob
 from offbeat.experiment import rerun
@@ -236,7 +236,7 @@ def test_a_signal_at_the_launcher(processes: Processes, number: signal.Signals) 
     done = len(trace)
     assert 20 <= done < 240
     assert [i.what for i in trace.incidents] == ["joined"] * 3 + ["left"] * 3
-    found = snapshot.newest(run.folder / "snapshots", print)
+    found = snapshot.newest(run.folder / "snapshots", heard())
     assert found
     assert sum(found[1]["steps"].values()) == done
     assert found[1]["there"] == []
@@ -278,7 +278,7 @@ def test_nobody_outlives_a_launcher_that_is_killed(processes: Processes) -> None
     os.kill(run.pid("launch"), signal.SIGKILL)
     until(lambda: not processes.living("server") and not processes.living("worker"), "the end of all", 30)
     trace = ob.Trace.read(run.folder / "trace.jsonl")
-    found = snapshot.newest(run.folder / "snapshots", print)
+    found = snapshot.newest(run.folder / "snapshots", heard())
     assert found
     assert sum(found[1]["steps"].values()) == len(trace)
     assert same(rerun(trace).x, load(run.folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crew import Nursery, Processes, alive, until
+from crew import Nursery, Processes, alive, heard, until
 
 import offbeat as ob
+from offbeat.log import Lines, lines_to
 from offbeat.runtime.folder import Busy, choose, claim, holds_run, lock
 from offbeat.runtime.launch import Launch
 from offbeat.runtime.link import LinkLost
@@ -56,7 +58,7 @@ def launch(worker: str, meanwhile: Callable[[], Any] = lambda: None, **options: 
     )
     said: list[str] = []
     python = [sys.executable, "-S"]
-    run = Launch(Path("run"), [*python, "server.py"], [*python, "worker.py"], workers=2, say=said.append, **options)
+    run = Launch(Path("run"), [*python, "server.py"], [*python, "worker.py"], workers=2, log=heard(said), **options)
     beside = threading.Thread(target=meanwhile)
     beside.start()
     try:
@@ -157,13 +159,16 @@ def test_one_signal_ends_a_run_with_a_stuck_worker(monkeypatch: pytest.MonkeyPat
     assert sum("it is killed" in line for line in said) == 2
 
 
-def test_a_terminal_that_is_closed_does_not_end_the_launcher() -> None:
-    def say(text: str) -> None:
-        raise OSError(5, "Input/output error")
+def test_a_terminal_that_is_closed_does_not_end_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
 
+    monkeypatch.setattr(sys, "stderr", Closed())
     Path("server.py").write_text(SERVER)
     python = [sys.executable, "-SE"]
-    end = Launch(Path("run"), [*python, "server.py"], [*python, "-c", "raise SystemExit(3)"], workers=1, say=say).run()
+    with lines_to(Lines()):
+        end = Launch(Path("run"), [*python, "server.py"], [*python, "-c", "raise SystemExit(3)"], workers=1).run()
     assert end.ending is Ending.FAILED
     assert "worker 0 ended with status 3" in Path("run/logs/launch.log").read_text()
 

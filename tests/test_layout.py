@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from crew import Serving, remote
+from crew import Serving, heard, remote
 from test_peers import PROBLEM as QUADRATIC
 from test_peers import Run, runs  # noqa: F401
 from torch import nn
@@ -113,7 +113,7 @@ def named(run: Serving, worker: int, layout: list[Any]) -> Worker:
     """A worker whose model has this layout."""
     exchange = remote(run.place(worker), PROBLEM)
     exchange.hello["layout"] = layout
-    return Worker(exchange, print)
+    return Worker(exchange, heard())
 
 
 def test_a_worker_with_another_order_is_refused(serve: Callable[..., Serving]) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import same
-from crew import Serving, hire, remote, time_out, until
+from crew import Serving, heard, hire, remote, time_out, until
 from torch import Tensor
 
 import offbeat as ob
@@ -71,7 +71,7 @@ def test_a_worker_goes_on_while_its_gradient_is_on_its_way(serve: Serve) -> None
 def test_a_broken_link_loses_what_was_on_its_way_and_says_so(serve: Serve) -> None:
     said: list[str] = []
     run = serve(terms(Overlap(ASGD(0.02)), None))
-    worker = hire(run.place(0), PROBLEM, said.append)
+    worker = hire(run.place(0), PROBLEM, heard(said))
     worker.step(PROBLEM.grad(worker.x, 0, 0)[0], 0.0)
     link = run.server.sessions[0].link
     until(lambda: link.sent_bytes == 2 * 8 * PROBLEM.d, "the reply")
@@ -116,7 +116,7 @@ def test_both_ends_must_round_alike(serve: Serve) -> None:
     run = serve(terms(Rounded(ASGD(0.05), dtype="float16")))
     exchange = remote(run.place(0), PROBLEM, repr(Rounded(ASGD(0.05))))
     with pytest.raises(ValueError, match=r"the worker's method is .*bfloat16.*, the run's is .*float16"):
-        Worker(exchange, print)
+        Worker(exchange, heard())
 
 
 def test_what_float16_cannot_hold_is_refused(serve: Serve) -> None:

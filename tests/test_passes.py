@@ -214,7 +214,7 @@ def test_a_script_that_goes_on_from_its_own_checkpoint_says_the_epoch(serve: Ser
 
 
 def test_the_body_of_a_loop_runs_for_a_worker_that_has_missed_passes(
-    serve: Serve, capfd: pytest.CaptureFixture[str]
+    serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of short passes a slow worker gets one minibatch each, and one that comes late some of the pass where the run is."""
     run = serve(terms())
@@ -227,7 +227,7 @@ def test_the_body_of_a_loop_runs_for_a_worker_that_has_missed_passes(
         counts[1].update(flat(walk(b, b.shard(loader(8)))))
         assert counts[1].total() > before, number
     assert sum(counts, Counter()) == Counter(dict.fromkeys(range(8), 3))
-    assert capfd.readouterr().err.count("was over before this worker came to it") == 1
+    assert caplog.text.count("was over before this worker came to it") == 1
     leave(run, a, b)
 
 
@@ -552,7 +552,7 @@ class Nested(Shuffled):
         self.batch_sampler = inside
 
 
-def test_streams_are_dealt_out_by_turns_of_one_order(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
+def test_streams_are_dealt_out_by_turns_of_one_order(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     """What is random in them is the same at all workers, also what is drawn on the way."""
     run = serve(terms())
     replicas = crew(run)
@@ -572,7 +572,7 @@ def test_streams_are_dealt_out_by_turns_of_one_order(serve: Serve, capfd: pytest
         items = flat(seen)
         assert len(items) == len(set(items)) == (9 if kind is drawn else N)
         assert len(seen[0]) - len(seen[1]) == len(items) % 2
-    assert capfd.readouterr().err.count("is dealt out by turns") == 2  # once at each worker
+    assert caplog.text.count("is dealt out by turns") == 2  # once at each worker
     leave(run, *replicas)
 
 
@@ -586,7 +586,7 @@ def test_streams_are_dealt_out_by_turns_of_one_order(serve: Serve, capfd: pytest
 )
 @pytest.mark.parametrize("launched", [True, False], ids=["run", "alone"])
 def test_one_broken_sample_does_not_end_a_run(
-    serve: Serve, capfd: pytest.CaptureFixture[str], method: ob.Method | None, launched: bool
+    serve: Serve, caplog: pytest.LogCaptureFixture, method: ob.Method | None, launched: bool
 ) -> None:
     """It is named, tried again at the end of the pass, and set aside then; all others are used."""
     data = torch.arange(float(N))[:, None]
@@ -600,7 +600,7 @@ def test_one_broken_sample_does_not_end_a_run(
     assert set(counts) == set(range(N))
     assert counts[5] == 2
     seen = [[int(n) for n in x.nan_to_num(5.0).flatten()] for (x,) in stepped(replica, replica.shard(broken))]
-    said = capfd.readouterr().err
+    said = caplog.text
     assert "look for what is not finite in the data of minibatch" in said
     assert "has the examples" in said
     assert ", 5" in said or " 5," in said

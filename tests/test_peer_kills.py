@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from crew import Processes, Run, until
+from crew import Processes, Run, heard, until
 
 import offbeat as ob
 from offbeat.runtime import snapshot
@@ -63,7 +63,7 @@ def whole(run: Run, gradients: int, status: int = 0) -> ob.Trace:
     trace = run.ends(status, replays=False)
     steps = {w: [event.step for event in trace if event.worker == w] for w in range(run.workers)}
     assert [own == list(range(len(own))) for own in steps.values()] == [True] * run.workers
-    found = snapshot.newest(run.folder / "snapshots", print)
+    found = snapshot.newest(run.folder / "snapshots", heard())
     assert found
     done = gradients if status == 0 else len(trace)
     assert len(trace) == sum(found[1]["steps"].values()) == found[1]["leases"]["done"] == done

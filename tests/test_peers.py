@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from crew import until
+from crew import heard, until
 from torch import Tensor, nn
 
 import offbeat as ob
@@ -54,7 +54,7 @@ class Run:
         settings = {"seed": 1, "transport": "tcp", "timeout": 5.0, "beat": 0.2} | terms
         self.terms = Terms(method, gradients, workers, **settings)
         self.said: list[str] = []
-        self.host = host_for(self.terms)(self.terms, TOKEN, folder, read, self.said.append)
+        self.host = host_for(self.terms)(self.terms, TOKEN, folder, read, heard(self.said))
         self.folder = folder
         self.place = Place((f"127.0.0.1:{self.host.port}",), TOKEN, patience=10.0, timeout=5.0)
         self.errors: list[BaseException] = []
@@ -63,7 +63,7 @@ class Run:
 
     def enter(self, worker: int) -> Driver:
         hello = {"problem": repr(PROBLEM), "layout": self.layout}
-        return enter(replace(self.place, worker=worker), PROBLEM.x0(), self.method, hello, read, self.said.append)
+        return enter(replace(self.place, worker=worker), PROBLEM.x0(), self.method, hello, read, heard(self.said))
 
     def start(self, worker: int, act: Callable[[Driver], None]) -> None:
         """``worker`` joins and does ``act``, in a thread of its own."""
@@ -317,7 +317,7 @@ def test_a_coordinator_starts_again_from_its_snapshot(runs: Callable[..., Run], 
     assert done > 0
     run.host.stop()
     run.threads[0].join(10)
-    again = Coordinator(run.terms, TOKEN, run.folder, read, run.said.append, port=port)
+    again = Coordinator(run.terms, TOKEN, run.folder, read, heard(run.said), port=port)
     assert again.resume()
     assert again.leases.done > 0
     run.host = again
@@ -336,10 +336,10 @@ def test_a_coordinator_starts_again_from_its_snapshot(runs: Callable[..., Run], 
 def test_a_host_is_of_the_kind_that_its_snapshot_needs(tmp_path: Path, method: ob.Method, kind: type) -> None:
     """Its method may have been named by a worker, which does not name it again."""
     snapshot.write(tmp_path / "snapshots", 1, {"method": repr(method)})
-    again = resumed(Terms(None, 100), tmp_path, read, print)
+    again = resumed(Terms(None, 100), tmp_path, read, heard())
     assert again == Terms(method, 100)
     assert host_for(again) is kind
-    assert resumed(Terms(None, 100), tmp_path / "none", read, print) == Terms(None, 100)
+    assert resumed(Terms(None, 100), tmp_path / "none", read, heard()) == Terms(None, 100)
 
 
 # ---------------------------------------------------------------- what is conserved

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from crew import Serving, remote, until
+from crew import Serving, heard, remote, until
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import lr_scheduler as schedulers
@@ -217,7 +217,7 @@ def test_a_run_whose_rate_was_set_is_replayed(serve: Serve, method: ob.Method) -
     run = serve(Terms(method, workers=1, beat=0.05))
     dial = dial_of(method)
     assert dial is not None
-    worker = Worker(remote(run.place(0), PROBLEM), run.said.append, lambda method: with_rate(method, dial))
+    worker = Worker(remote(run.place(0), PROBLEM), heard(run.said), lambda method: with_rate(method, dial))
     for k in range(12):
         if k >= 4:
             dial.value = worker.rate = 0.05 / k

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import same
-from crew import TOKEN, Processes, Serving, hire, labour, load, remote, until
+from crew import TOKEN, Processes, Serving, heard, hire, labour, load, remote, until
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
@@ -731,7 +731,7 @@ def test_a_run_takes_exactly_the_gradients_asked_for(serve: Serve) -> None:
     """Those that a dead worker held are taken by others, and its number of gradients goes on where it was."""
     run = serve(terms(SGD, 50))
     dead = remote(run.place(0), PROBLEM)
-    worker = Worker(dead, run.said.append)
+    worker = Worker(dead, heard(run.said))
     for _ in range(3):
         worker.use(worker.draw())
         worker.step(PROBLEM.grad(worker.x, 0, worker.node.step)[0], 0.0)
@@ -810,7 +810,7 @@ def test_a_late_message_of_a_life_that_is_over_is_refused(serve: Serve) -> None:
     """It came before its sender was taken for dead, and is looked at after that: the model stays; the sender joins anew."""
     run = serve(terms(SGD, None, workers=1))
     said: list[str] = []
-    worker = hire(run.place(0), PROBLEM, said.append)
+    worker = hire(run.place(0), PROBLEM, heard(said))
     session = run.server.sessions[0]
     with run.server.lock:
         sender = threading.Thread(target=worker.step, args=(torch.ones(11, dtype=torch.float64), 0.0))
@@ -843,7 +843,7 @@ def test_a_snapshot_is_what_was_written(tmp_path: Path) -> None:
         assert again == content
     (tmp_path / "snapshots/000000000006.part").write_bytes(b"begun")
     assert [int(path.stem) for path in snapshot.found(tmp_path / "snapshots")] == [5, 4, 3]
-    assert snapshot.newest(tmp_path / "nowhere", print) is None
+    assert snapshot.newest(tmp_path / "nowhere", heard()) is None
 
 
 def flipped(whole: bytes, bit: int) -> bytes:
@@ -872,7 +872,7 @@ def test_a_hurt_snapshot_is_refused(tmp_path: Path, hurt: Callable[[bytes], byte
     with pytest.raises(snapshot.Damaged):
         snapshot.read(path)
     said: list[str] = []
-    found = snapshot.newest(tmp_path, said.append)
+    found = snapshot.newest(tmp_path, heard(said))
     assert found is not None
     assert found[1]["number"] == 1
     assert len(said) == 1
@@ -894,7 +894,7 @@ def test_a_resumed_run_replays(serve: Serve, tmp_path: Path, cls: type[ob.Server
         work = pool.submit(labour, [run.place(i) for i in range(3)], PROBLEM, SPEEDS, 24, False)
         until(lambda: sum(run.server.steps.values()) >= 24, "the first gradients")
         assert run.server.save()
-        kept = snapshot.newest(run.folder / "snapshots", print)
+        kept = snapshot.newest(run.folder / "snapshots", heard())
         until(lambda: sum(run.server.steps.values()) >= 40, "more gradients")
         with run.server.lock:
             run.server.journal.flush()
@@ -973,7 +973,7 @@ def test_a_new_run_does_not_begin_over_an_old_one_s_snapshots(serve: Serve, tmp_
     labour([run.place(0)], PROBLEM)
     finish(run)
     files = snapshot.found(tmp_path / "run/snapshots")
-    new = RunServer(terms(SGD, 20), TOKEN, tmp_path / "run", ob.names.read, print)
+    new = RunServer(terms(SGD, 20), TOKEN, tmp_path / "run", ob.names.read, heard())
     with pytest.raises(FileExistsError, match="is of an earlier run: resume it, or choose another folder"):
         new.run()
     assert snapshot.found(tmp_path / "run/snapshots") == files
@@ -1032,7 +1032,7 @@ def test_a_run_needs_a_method(serve: Serve) -> None:
     """The first worker may name it, and must where nobody else does."""
     run = serve(terms(None, None, workers=1))
     assert "give --method, or one to Replica" in told(lambda: hire(run.place(), PROBLEM))
-    assert "Dana" in told(lambda: Worker(remote(run.place(), PROBLEM, "DanaZeor()"), print))
+    assert "Dana" in told(lambda: Worker(remote(run.place(), PROBLEM, "DanaZeor()"), heard()))
     replica = ob.Replica(net(), SGD, place=run.place())  # whoever was refused has left nothing
     assert run.server.method == SGD
     replica.leave()
@@ -1110,7 +1110,7 @@ def test_a_server_without_the_token_is_not_believed() -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "10.0.0.1"])
 @pytest.mark.parametrize("token", ["", "fifteen bytes.."])
 def test_beyond_the_machine_only_with_a_token(tmp_path: Path, host: str, token: str) -> None:
-    text = told(lambda: RunServer(terms(SGD), token, tmp_path, print, print, host))
+    text = told(lambda: RunServer(terms(SGD), token, tmp_path, print, heard(), host))
     assert text.startswith(
         f"host {host!r} can be reached from other machines: set OFFBEAT_TOKEN to a secret of 16 bytes"
     )
@@ -1208,7 +1208,7 @@ def test_bad_terms_are_named(field: str, value: Any, cure: str) -> None:
 
 def test_a_port_that_is_taken_is_named(serve: Serve, tmp_path: Path) -> None:
     run = serve(terms(SGD))
-    text = told(lambda: RunServer(terms(SGD), "", tmp_path, print, print, port=run.server.port), OSError)
+    text = told(lambda: RunServer(terms(SGD), "", tmp_path, print, heard(), port=run.server.port), OSError)
     assert text.startswith(f"cannot listen at {run.address} (")
     assert text.endswith("choose another host or port")
 
@@ -1220,5 +1220,5 @@ def test_more_servers_than_parameters_are_refused() -> None:
 
 def test_a_model_of_integers_is_refused() -> None:
     place = Place(("127.0.0.1:1",))
-    text = told(lambda: Remote(place, torch.zeros(3, dtype=torch.int64), {}, print))
+    text = told(lambda: Remote(place, torch.zeros(3, dtype=torch.int64), {}, heard()))
     assert text.startswith("the model is of torch.int64: a real run takes torch.float32, ")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crew import TOKEN, until
+from crew import TOKEN, heard, until
 from torch import Tensor, nn
 
 import offbeat as ob
@@ -214,7 +214,7 @@ class Hosted:
     def __init__(self, folder: Path, method: ob.Method, resume: bool = False) -> None:
         self.said: list[str] = []
         self.terms = Terms(method, workers=2, timeout=20.0, beat=0.05)
-        self.host: Host = host_for(self.terms)(self.terms, TOKEN, folder, read, self.said.append)
+        self.host: Host = host_for(self.terms)(self.terms, TOKEN, folder, read, heard(self.said))
         if resume:
             assert self.host.resume()
         self.thread = threading.Thread(target=self.host.run)

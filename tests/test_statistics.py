@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import TOLERANCE
+from crew import heard
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -49,7 +50,7 @@ def move(model: nn.Module) -> None:
 def test_they_are_those_of_a_fresh_pass() -> None:
     """As `update_bn` takes them at the same parameters; nothing else changes, and no random number is drawn."""
     model, said = net(), list[str]()
-    statistics = Statistics(model, said.append)
+    statistics = Statistics(model, heard(said))
     for x in batches(5):
         model(x, scale=2.0)
     move(model)
@@ -73,7 +74,7 @@ def test_they_are_those_of_a_fresh_pass() -> None:
 @pytest.mark.parametrize("ways", ["eval", "no_grad"])
 def test_only_calls_in_training_are_remembered(ways: str) -> None:
     model = net()
-    statistics = Statistics(model, print)
+    statistics = Statistics(model, heard())
     if ways == "eval":
         model.eval()
     with torch.set_grad_enabled(ways == "eval"):
@@ -86,7 +87,7 @@ def test_only_calls_in_training_are_remembered(ways: str) -> None:
 
 def test_what_is_remembered_is_bounded() -> None:
     model = net()
-    statistics = Statistics(model, print)
+    statistics = Statistics(model, heard())
     for x in batches(MINIBATCHES + 7):
         model(x)
     assert [torch.equal(c.args[0], x) for c, x in zip(statistics.calls, batches(MINIBATCHES + 7)[7:], strict=True)] == [
@@ -104,7 +105,7 @@ def test_what_is_remembered_is_bounded() -> None:
 def test_a_model_that_cannot_be_called_again() -> None:
     """It is said, once, and the statistics are what they were."""
     model, said = net(), list[str]()
-    statistics = Statistics(model, said.append)
+    statistics = Statistics(model, heard(said))
     model(batches(1)[0])
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.drop = nn.Linear(5, 1)
@@ -118,12 +119,12 @@ def test_a_model_that_cannot_be_called_again() -> None:
 def test_copies_of_the_model_are_not_remembered() -> None:
     """Nor is what was saved of it, which needs nothing of ours to be loaded."""
     model = net()
-    statistics = Statistics(model, print)
+    statistics = Statistics(model, heard())
     model(batches(1)[0])
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other(batches(1)[0])
     assert len(statistics.calls) == 1
     plain = nn.Sequential(nn.BatchNorm1d(2))
-    kept = Statistics(plain, print)
+    kept = Statistics(plain, heard())
     assert kept.hook is not None
     assert b"offbeat" not in pickle.dumps(plain)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crew import descendants, until
+from crew import descendants, heard, until
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -177,6 +177,6 @@ def test_gossip_needs_shards() -> None:
     team.size = 2
     place = Place(("127.0.0.1:1", "127.0.0.1:2"))
     with pytest.raises(ValueError, match="gossip does not come to all ranks at once"):
-        enter(place, torch.zeros(3), ob.methods.SGP(), {}, ob.names.read, print, team=team)
+        enter(place, torch.zeros(3), ob.methods.SGP(), {}, ob.names.read, heard(), team=team)
     with pytest.raises(ValueError, match=r"a worker of 2 ranks, and 1 servers .* offbeat launch --ranks 2"):
-        enter(Place(("127.0.0.1:1",)), torch.zeros(3), ob.methods.ASGD(), {}, ob.names.read, print, team=team)
+        enter(Place(("127.0.0.1:1",)), torch.zeros(3), ob.methods.ASGD(), {}, ob.names.read, heard(), team=team)

@@ -9,6 +9,7 @@ import torch
 from work import LR, SIZE, said, timed
 
 import offbeat as ob
+from offbeat.log import WORKER
 from offbeat.names import read
 from offbeat.runtime.place import Place
 from offbeat.runtime.replica import enter
@@ -21,7 +22,7 @@ if os.environ["RANK"] == "0":
     os.execv(sys.executable, [sys.executable, "-m", "offbeat", "server", *flags, "--every", "1000000"])
 
 place = replace(Place.read(), servers=(f"127.0.0.1:{port}",), worker=0, hosts=0)
-worker = enter(place, torch.zeros(SIZE), read(method), {"layout": None}, read, print)
+worker = enter(place, torch.zeros(SIZE), read(method), {"layout": None}, read, WORKER)
 room = worker.room()  # in which a replica's gradients are, if there is any
 g = (torch.empty(SIZE) if room is None else room).fill_(1e-3)
 end = time.monotonic() + 15  # by then the server has compiled its handler, and measured whether that is faster

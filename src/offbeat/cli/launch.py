@@ -20,6 +20,7 @@ from ..engines.simulator import Run
 from ..engines.speed import Speed
 from ..experiment import warmed
 from ..figures import entries
+from ..log import Lines, lines_to
 from ..plain import dumps
 from ..trace import Trace
 from .command import FAILED, INTERRUPTED, PARTLY, Command, told, writable
@@ -102,6 +103,7 @@ class Launch(Command):
         method, task = method_of(said_in(argv, "--method", "dana-zero")), task_class(said_in(argv, "--task", cls.task))
         return cls(settings=method, data=task())
 
+    @lines_to(Lines())
     def run(self, argv: Sequence[str]) -> int:
         from ..runtime.folder import claim
         from ..runtime.launch import Launch as Processes
@@ -127,7 +129,6 @@ class Launch(Command):
                 self.ranks,
                 environment=variables,
                 resume=self.resume,
-                say=lambda text: err.print(f"offbeat: {shown(text)}"),
                 watch=tell,
                 hear=self._shows,
             )

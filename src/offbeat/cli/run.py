@@ -19,6 +19,7 @@ from tyro.conf import arg
 from ..engines.faults import Fault
 from ..engines.speed import Speed
 from ..failure import Failure
+from ..log import SERVER, STAMPED, WORKER, Lines, lines_to
 from ..names import read
 from ..plain import dumps
 from .command import FAILED, Command, Refused, told, writable
@@ -70,6 +71,7 @@ class Serve(Command):
     ] = None
     """Where trace, snapshots and model go: a folder that holds no run yet, but for --resume."""
 
+    @lines_to(Lines(STAMPED))
     def run(self, argv: Sequence[str]) -> int:
         from ..runtime.coordinator import host_for, resumed
         from ..runtime.folder import claim
@@ -94,9 +96,9 @@ class Serve(Command):
             default = Path("runs/server")
             folder, held = claim(self.out, default, "server", writable, self.resume or self.again)
             if self.resume or self.again:
-                terms = resumed(terms, folder, _read, _log)
+                terms = resumed(terms, folder, _read, SERVER)
             token = os.environ.get("OFFBEAT_TOKEN", "")
-            server = host_for(terms)(terms, token, folder, _read, _log, self.host, self.port)
+            server = host_for(terms)(terms, token, folder, _read, SERVER, self.host, self.port)
             if self.resume or self.again:
                 _go_on(server, folder, self.again)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -111,7 +113,7 @@ class Serve(Command):
             # the first worker may have named a method of the other kind, and will be back
             if server.other is not None and not server.told:
                 terms = replace(terms, method=server.other.method)
-                server = host_for(terms)(terms, token, folder, _read, _log, self.host, server.port)
+                server = host_for(terms)(terms, token, folder, _read, SERVER, self.host, server.port)
                 well = server.run(_watch(server, tell), self.evaluations)
             _watch(server, tell)()  # the last word, by which a launcher knows who had left
         held.close()
@@ -138,6 +140,7 @@ class Work(Command):
     """What slows the worker of a task."""
     script: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
 
+    @lines_to(Lines(STAMPED))
     def run(self, argv: Sequence[str]) -> int:
         said = {"OFFBEAT_SERVER": self.server, "OFFBEAT_WORKER": "" if self.number is None else str(self.number)}
         os.environ.update({name: value for name, value in said.items() if value})
@@ -154,14 +157,14 @@ class Work(Command):
         from ..runtime.worker import train
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        member = Member(_log)
+        member = Member(WORKER)
         with told():
             load(self.imports)
             problem, place = read(self.problem), Place.read()
             method = read(place.method) if place.method else None
             hello = {"problem": repr(problem), "layout": None}
             try:
-                worker = enter(place, problem.x0(), method, hello, read, _log, member.told)
+                worker = enter(place, problem.x0(), method, hello, read, WORKER, member.told)
                 member.joined(worker)
                 train(worker, problem, self.speed, self.faults, member.told)
             except (LinkLost, Failure) as error:
@@ -199,7 +202,7 @@ def _ended(server: Host, status: int) -> int:
     """``status``; but where a thread is still at work, this process ends here: all is written and closed, the thread may be inside
     of torch's compiler for a minute, and Python's own end would abort the process under it."""
     if server.busy:
-        _log(f"ended without waiting for {', '.join(server.busy)}")
+        SERVER.info(f"ended without waiting for {', '.join(server.busy)}")
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -229,7 +232,3 @@ def _read(text: str) -> Any:
 
 def _lines(status: dict[str, Any]) -> None:
     print(dumps({**status, "made": time.monotonic()}), flush=True)
-
-
-def _log(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} offbeat: {text}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import math
 import threading
 import time
@@ -243,7 +244,7 @@ class Coordinator(Host):
                     if "diverged" in note:
                         brought = leases_in(note.get("brought"))
                         self._failed(session, brought)
-                        self.say(self._diverged(session, header.step, str(note["diverged"])[:200], brought))
+                        self.log.warning(self._diverged(session, header.step, str(note["diverged"])[:200], brought))
                         return False
                     self._report(session, note)
                     if session.done or not note.get("done"):
@@ -452,11 +453,11 @@ def _address(note: dict[str, Any]) -> str:
     raise Refused(f"a peer that listens at {said[:100]}: it must be a numeric address and a port, as in 10.0.0.1:29500")
 
 
-def resumed(terms: Terms, folder: Path, parse: Parse, say: Callable[[str], None]) -> Terms:
+def resumed(terms: Terms, folder: Path, parse: Parse, log: logging.Logger) -> Terms:
     """``terms`` with the method of the newest whole snapshot in ``folder``, where they name none: the run's first worker had
     named it, and it decides what hosts the run.
     """
-    found = None if terms.method is not None else snapshot.newest(folder / "snapshots", say)
+    found = None if terms.method is not None else snapshot.newest(folder / "snapshots", log)
     return terms if found is None else replace(terms, method=parse(found[1]["method"]))
 
 

@@ -51,7 +51,7 @@ class Evaluator:
             self.host.evaluate(self._problem)
         except Exception as error:  # whatever a task may raise
             self.failed = True
-            self.host.say(
+            self.host.log.warning(
                 f"the model is not evaluated: {self.host.problem[:200]} cannot be here ({str(error) or repr(error)}); "
                 "training goes on"
             )

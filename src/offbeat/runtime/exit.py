@@ -17,6 +17,7 @@ import atexit
 import builtins
 import contextlib
 import functools
+import logging
 import os
 import signal
 import sys
@@ -79,9 +80,9 @@ class WorkerThread(threading.Thread):
 class Member:
     """One worker of a run, for the process that it is in."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, log: logging.Logger) -> None:
         """From now on SIGTERM is answered, where it would have ended the process and this is the main thread."""
-        self.say = say
+        self.log = log
         self.driver: Driver | None = None
         self.steps = 0
         self.unfinished: bool | None = None
@@ -152,7 +153,7 @@ class Member:
             if not self.driver.left:
                 undone = self._ending(error).undone
                 if undone:
-                    self.say(f"worker {self.driver.terms.worker} leaves, and is not done: {undone}")
+                    self.log.warning(f"worker {self.driver.terms.worker} leaves, and is not done: {undone}")
                 self.leave(done=not undone)
 
     def forget(self) -> None:
@@ -261,7 +262,7 @@ class _Process:
     @staticmethod
     def _leave(member: Member, seconds: float) -> None:
         who = "a worker" if member.driver is None else f"worker {member.driver.terms.worker}"
-        member.say(f"{who} leaves, as SIGTERM asks: no step that could do so has come within {seconds:g} s")
+        member.log.warning(f"{who} leaves, as SIGTERM asks: no step that could do so has come within {seconds:g} s")
         member.leave(done=False)
 
 

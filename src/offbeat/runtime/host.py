@@ -7,6 +7,7 @@ depends on the kind of method: `server.RunServer` has the model, `coordinator.Co
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import platform
 import socket
@@ -138,7 +139,7 @@ class Session:
 
 
 class Host(ABC):
-    """The host of one run, in folder ``folder``; ``parse`` reads a method's ``repr``, ``say`` logs a line."""
+    """The host of one run, in folder ``folder``; ``parse`` reads a method's ``repr``, ``log`` is told what happens."""
 
     kind: ClassVar[type[Method]]
     """Methods of which it hosts runs."""
@@ -149,7 +150,7 @@ class Host(ABC):
         token: str,
         folder: Path,
         parse: Parse,
-        say: Callable[[str], None],
+        log: logging.Logger,
         host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
@@ -160,11 +161,7 @@ class Host(ABC):
             )
         self.terms, self.token, self.folder, self.parse = terms, token, folder, parse
 
-        def quiet(text: str) -> None:
-            with contextlib.suppress(OSError):  # a full disk has no room for the log, either
-                say(text)
-
-        self.say = quiet
+        self.log = log
         self.method = terms.method
         self.problem = ""
         self.layout: layout.Layout = []
@@ -195,7 +192,7 @@ class Host(ABC):
         self.turned_away: set[tuple[int, str]] = set()  # numbers and processes of workers whose number is another one's
         self.snapshots = 0
         self.saving = threading.Lock()  # held by who writes a snapshot
-        self.trouble = Unwritten("a snapshot", folder, self.say)
+        self.trouble = Unwritten("a snapshot", folder, self.log)
         folder.mkdir(parents=True, exist_ok=True)
         self.journal: Any = None
         self.listener = listen(host, port)
@@ -292,7 +289,7 @@ class Host(ABC):
 
     def fail(self, what: str, error: BaseException) -> None:
         """The run cannot go on in this process: it ends with a snapshot, from which it may be resumed."""
-        self.say(
+        self.log.error(
             f"{what} failed ({error!r}): the run ends with a snapshot\n{''.join(traceback.format_exception(error))}"
         )
         self.failure = self.failure or f"{what} failed ({error!r})"
@@ -345,9 +342,11 @@ class Host(ABC):
 
     def _keep(self, watch: Callable[[], None]) -> bool:
         """Write the last snapshot and the model, and try again for a while where that cannot be; whether they are written."""
-        saved, trouble = False, Unwritten("the model", self.folder, self.say)
+        saved, trouble = False, Unwritten("the model", self.folder, self.log)
         if self.kept.large:
-            self.say("the model is written without its frozen parameters and buffers, which are too large to be sent")
+            self.log.warning(
+                "the model is written without its frozen parameters and buffers, which are too large to be sent"
+            )
         self.ending = "the model is written"
         began = time.monotonic()
         while True:
@@ -363,7 +362,7 @@ class Host(ABC):
             if self.hurried or time.monotonic() - began > patience:
                 what = "a last snapshot" if trouble.why is None else "the model"
                 late = time.monotonic() - began
-                self.say(f"{what} could not be written for {late:.1f} s: make room, and resume the run")
+                self.log.warning(f"{what} could not be written for {late:.1f} s: make room, and resume the run")
                 return False
             watch()
             time.sleep(min(1.0, patience / 10))
@@ -381,7 +380,7 @@ class Host(ABC):
             watch()
             time.sleep(0.02)
         if evaluator.busy:
-            self.say("an evaluation is broken off, as the run ends")
+            self.log.warning("an evaluation is broken off, as the run ends")
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model that would be shipped, by the names of the module's parameters; ``{"x": ...}`` where it has none."""
@@ -435,7 +434,7 @@ class Host(ABC):
                 sock, address = self.listener.accept()
             except OSError as error:
                 if not self.stopping.wait(0.1):  # what is refused to one worker, such as too many files, passes
-                    self.say(f"a worker could not be accepted ({error.strerror or error})")
+                    self.log.warning(f"a worker could not be accepted ({error.strerror or error})")
                 continue
             for thread in [thread for thread in self.threads if not thread.is_alive()]:
                 self.threads.remove(thread)
@@ -449,7 +448,7 @@ class Host(ABC):
             except RuntimeError as error:  # too many threads: that passes as well
                 self._known(sock)
                 sock.close()
-                self.say(f"a worker could not be accepted ({error})")
+                self.log.warning(f"a worker could not be accepted ({error})")
 
     def _known(self, sock: socket.socket) -> None:
         """A connection is no stranger's any more."""
@@ -482,7 +481,7 @@ class Host(ABC):
             self._tell(link, str(refused), kinds.get(type(refused), "refused"))
         except LinkLost as lost:
             if not self.stopping.is_set():
-                self.say(str(lost))
+                self.log.warning(str(lost))
         except Exception as error:  # ours; one worker's link is no reason to lose the run
             self._refuse(f"{link.name if link else name}: {error!r}\n{traceback.format_exc()}")
             self._tell(link, f"the server failed ({error!r}): see its log", "corrupt")
@@ -549,7 +548,7 @@ class Host(ABC):
                 raise LinkLost("the server ends")
             old = self.sessions.get(worker)
             if old is not None:
-                self.say(f"worker {worker} is back: its link before is dead")
+                self.log.warning(f"worker {worker} is back: its link before is dead")
                 old.link.hang_up()
                 self._gone(old, False)
             self.sessions[worker] = session
@@ -557,7 +556,7 @@ class Host(ABC):
             self.leases.join(worker)
             self._join(session, note)
             self._note(Incident(self.seconds, worker, "joined"))
-        self.say(f"worker {worker} has joined over {session.link.transport}")
+        self.log.info(f"worker {worker} has joined over {session.link.transport}")
         return session
 
     @property
@@ -701,7 +700,7 @@ class Host(ABC):
         """A gradient of minibatches was not finite: those for which it is the second time are set aside; under the lock."""
         if aside := self.leases.fail(session.worker, leases):
             self._note(Incident(self.seconds, session.worker, "set aside", len(aside)))
-            self.say(f"set aside, as twice its gradient was not finite: {', '.join(map(str, aside))}")
+            self.log.warning(f"set aside, as twice its gradient was not finite: {', '.join(map(str, aside))}")
 
     def _record(
         self,
@@ -750,7 +749,7 @@ class Host(ABC):
             mark = loss if math.isfinite(loss) else sample(first) if k == last and first is not None else None
             two = None if mark is None else self.twins.see(worker, step + k, mark)
             if two is not None and not self.terms.shard[0]:
-                self.say(
+                self.log.warning(
                     f"workers {two[0]} and {two[1]} compute the very same: {IN_A_ROW} losses or gradients in a row were equal, so the "
                     "work is done twice; the script sets a seed after its Replica is made, or draws from a generator with one seed "
                     "for all: set the seed before, add replica.id to it, or take minibatches from replica.shard(loader)"
@@ -765,7 +764,10 @@ class Host(ABC):
         lost = 0 if orderly else min(returned, session.begun)
         self._note(Incident(self.seconds, session.worker, "left" if orderly else "crashed", lost))
         self._part(session, orderly)
-        self.say(f"worker {session.worker} has left" if orderly else f"worker {session.worker} is lost")
+        if orderly:
+            self.log.info(f"worker {session.worker} has left")
+        else:
+            self.log.warning(f"worker {session.worker} is lost")
 
     # what is kept
 
@@ -816,7 +818,7 @@ class Host(ABC):
         Whoever was there then is taken for dead, and joins anew. What was done since the snapshot is lost: said in the log.
         ``anew``: all workers are started anew, so that none has ended its loop; else those that had do not come again.
         """
-        found = snapshot.newest(self.folder / "snapshots", self.say)
+        found = snapshot.newest(self.folder / "snapshots", self.log)
         if found is None:
             return False
         path, content = found
@@ -831,7 +833,7 @@ class Host(ABC):
             raise ValueError(f"{path} is of {said}, a method of another kind: name it with --method")
         self.method, self.problem, self.layout = method, content["problem"], layout.read(content["layout"])
         self.parameters, self.dtype = content["parameters"], DTYPES[content["dtype"]]
-        self.kept = Kept.read(self.folder / "snapshots", self.say)
+        self.kept = Kept.read(self.folder / "snapshots", self.log)
         self.kept.changed = dict(content["buffers"])
         there = self._restore(method, content)
         self.incarnation, self.steps = content["incarnation"] + 1_000_000, dict(content["steps"])
@@ -843,7 +845,7 @@ class Host(ABC):
         lost, seconds = self._open(content["trace"])
         for worker in there:
             self._note(Incident(self.seconds, worker, "crashed"))
-        self.say(
+        self.log.warning(
             f"resumed from {path.name} at {sum(self.steps.values()):,} gradients; lost since then: {lost:,} gradients, "
             f"{max(0.0, seconds - content['seconds']):.1f} s"
         )
@@ -855,11 +857,11 @@ class Host(ABC):
         lost = beyond(path, place) if place else (0, 0.0)
         there = whole(path, place)
         if there < place:
-            self.say(
+            self.log.warning(
                 f"the last {place - there:,} of {place:,} bytes of the trace are missing, as after a power cut: it goes on "
                 "after its last whole line, and cannot be replayed"
             )
-        self.journal = Journal(path, there, self.say)
+        self.journal = Journal(path, there, self.log)
         if not there:
             self.journal.add(self._header())
         return lost
@@ -887,7 +889,7 @@ class Host(ABC):
     def _refuse(self, why: str) -> None:
         with self.lock:
             self.refused += 1
-        self.say(f"refused: {why}")
+        self.log.warning(f"refused: {why}")
 
     def _tell(self, link: Link | None, why: str, what: str) -> None:
         if link is not None:

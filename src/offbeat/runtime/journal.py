@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,19 +18,21 @@ WAITING = 1 << 28
 class Unwritten:
     """Says once that something cannot be written, and once that it can be again."""
 
-    def __init__(self, what: str, place: Path, say: Callable[[str], None]) -> None:
-        self.what, self.place, self.say = what, place, say
+    def __init__(self, what: str, place: Path, log: logging.Logger) -> None:
+        self.what, self.place, self.log = what, place, log
         self.why: str | None = None  # what has failed last time; None: nothing
 
     def failed(self, error: OSError) -> None:
         why = error.strerror or str(error)
         if why != self.why:
-            self.say(f"{self.what} cannot be written to {self.place} ({why}): it is tried again, and training goes on")
+            self.log.warning(
+                f"{self.what} cannot be written to {self.place} ({why}): it is tried again, and training goes on"
+            )
         self.why = why
 
     def written(self) -> None:
         if self.why is not None:
-            self.say(f"{self.what} is written to {self.place} again")
+            self.log.info(f"{self.what} is written to {self.place} again")
         self.why = None
 
 
@@ -39,9 +41,9 @@ class Journal:
     host calls five times a second and before all that others rely on: so a host that is killed loses the lines of its last
     moment. What cannot be written waits in memory until it can (`WAITING`). Not thread-safe."""
 
-    def __init__(self, path: Path, place: int, say: Callable[[str], None]) -> None:
-        self.path, self.place, self.say = path, place, say
-        self.trouble = Unwritten("the trace", path.parent, say)
+    def __init__(self, path: Path, place: int, log: logging.Logger) -> None:
+        self.path, self.place, self.log = path, place, log
+        self.trouble = Unwritten("the trace", path.parent, log)
         self.closed = False
         self.left_out = 0
         self._file: BinaryIO | None = None
@@ -73,7 +75,9 @@ class Journal:
             return False
         self.trouble.written()
         if self.left_out:
-            self.say(f"{self.left_out:,} entries are missing in the trace from here on, as there was no room for them")
+            self.log.warning(
+                f"{self.left_out:,} entries are missing in the trace from here on, as there was no room for them"
+            )
             self.left_out = 0
         return True
 
@@ -98,7 +102,7 @@ class Journal:
 
     def _leave_out(self) -> None:
         if not self.left_out:
-            self.say(
+            self.log.warning(
                 f"the trace waits in memory with {WAITING:,} bytes, its bound: what happens until it can be written is left out "
                 "of it"
             )

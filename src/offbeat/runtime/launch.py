@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import signal
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..log import LAUNCH
 from ..plain import numbers
 from .processes import Log, Process
 from .supervisor import GRACE, Effect, Event, Exited, Kill, Listening, Say, Signalled, Start, Status, Supervisor, Tell
@@ -41,7 +43,7 @@ class Launch:
     environment: dict[str, str] = field(default_factory=dict, repr=False)
     """Variables for all, beside this process's own."""
     resume: bool = False
-    say: Callable[[str], None] = print
+    log: logging.Logger = LAUNCH
     watch: Callable[[dict[str, Any]], None] = lambda status: None
     """Called with the server's status, about once a second."""
     hear: Callable[[int, str], None] = lambda worker, text: None
@@ -55,7 +57,7 @@ class Launch:
         """
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        self._log = Log(logs / "launch.log")
+        self._file = Log(logs / "launch.log")
         self._token = os.environ.get("OFFBEAT_TOKEN") or secrets.token_urlsafe(32)
         self._addresses: dict[str, str] = {}
         machine = Supervisor(self.shards, self.workers, self.restarts, str(logs))
@@ -123,9 +125,8 @@ class Launch:
         for effect in effects:
             if isinstance(effect, Say):
                 line = f"{time.strftime('%H:%M:%S')} {effect.text}\n"
-                self._log.add(line.encode(errors="backslashreplace"))
-                with contextlib.suppress(OSError):  # the terminal is closed
-                    self.say(effect.text)
+                self._file.add(line.encode(errors="backslashreplace"))
+                self.log.warning(effect.text)
                 continue
             process = self._processes[effect.name]
             if isinstance(effect, Start):

@@ -236,7 +236,7 @@ class Passes:
         """Say something once of its kind."""
         if what not in self.told:
             self.told.add(what)
-            self.replica.worker.say(text)
+            self.replica.worker.log.warning(text)
 
     def ask(self, note: dict[str, Any]) -> dict[str, Any]:
         """A word about minibatches, and the answer; ``ValueError`` where it is a refusal."""

@@ -9,6 +9,7 @@ does not wait for all that: a thread brings the message, and the next one to the
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import secrets
 import socket
@@ -135,14 +136,14 @@ class Peer(Driver):
         x0: Tensor,
         hello: dict[str, Any],
         parse: Parse,
-        say: Callable[[str], None],
+        log: logging.Logger,
         lend: Callable[[Method], Method] = lambda method: method,
         stopped: Callable[[], bool] = lambda: False,
         team: Team | None = None,
         shared: Shared | None = None,
     ) -> None:
         """``shared`` is what the model has beside its parameters. ``lend`` puts this worker's own optimizer into the run's method."""
-        super().__init__(say)
+        super().__init__(log)
         self.lend, self.team, self.shared = lend, team or Team(), shared
         self.fresh: list[Lease] = []  # minibatches that the coordinator has given, and other ranks do not know of
         self.ahead = 1  # how many rounds ahead all ranks ask to begin, as others go on meanwhile
@@ -169,7 +170,7 @@ class Peer(Driver):
         """Begin a life: agree with the coordinator, and get a state from it or from a peer."""
         end = time.monotonic() + self.place.patience
         pause = 0.05
-        turned_away = TurnedAway(self.say)
+        turned_away = TurnedAway(self.log)
         while True:
             try:
                 self._enter_together()
@@ -421,7 +422,9 @@ class Peer(Driver):
                 self._spawn(self._react, sock, f"the peer at {address[0]}:{address[1]}", life)
             except RuntimeError as error:
                 sock.close()
-                self.say(f"refused: no thread for the peer at {address[0]}:{address[1]} ({error}); it dials again")
+                self.log.warning(
+                    f"refused: no thread for the peer at {address[0]}:{address[1]} ({error}); it dials again"
+                )
         listener.close()
 
     def _react(self, sock: socket.socket, name: str, life: int) -> None:
@@ -452,7 +455,7 @@ class Peer(Driver):
                 pass  # whoever it was comes again, or is dead, which the coordinator says
             except Exception as error:  # of what the other end has sent, or for want of memory
                 what = str(error) if isinstance(error, ValueError | OSError) else repr(error)
-                self.say(f"refused: {what}: no link is made")
+                self.log.warning(f"refused: {what}: no link is made")
 
     def _listen(self, caller: Caller) -> NoReturn:
         """Take all that a peer says, but for what the loop takes."""
@@ -846,12 +849,16 @@ class Peer(Driver):
                 if frame.header.kind != Kind.REFUSED:
                     return frame
                 if isinstance(frame.note, dict):
-                    self.say(f"worker {to} has failed, and takes no message: {str(frame.note.get('why'))[:1000]}")
+                    self.log.warning(
+                        f"worker {to} has failed, and takes no message: {str(frame.note.get('why'))[:1000]}"
+                    )
                 return None
             except (LinkLost, Corrupt, PermissionError) as error:  # who is gone may have left its port to a stranger
                 if time.monotonic() > late:
                     late = math.inf
-                    self.say(f"{error}; tried again for as long as the coordinator says that worker {to} is there")
+                    self.log.warning(
+                        f"{error}; tried again for as long as the coordinator says that worker {to} is there"
+                    )
                 self._drop(to)
                 with self.changed:
                     self.changed.wait(0.05)
@@ -956,7 +963,7 @@ class Peer(Driver):
             except (LinkLost, Corrupt) as error:
                 if self.lost:
                     raise LinkLost(self.lost) from None
-                self.say(f"an average with workers {standing.ranks} broke ({error}); again")
+                self.log.warning(f"an average with workers {standing.ranks} broke ({error}); again")
                 standing.close()
                 standing = None
             else:
@@ -1198,7 +1205,7 @@ class Peer(Driver):
             self._show()
             self._last(done)
         except LinkLost as lost:
-            self.say(f"{lost}, while this worker was leaving")
+            self.log.warning(f"{lost}, while this worker was leaving")
         self._hang_up()
         self._raise_failure()
 
@@ -1269,8 +1276,8 @@ class Peer(Driver):
 class Solitary(Driver):
     """A peer that nobody joins: what a script does when nobody has launched it."""
 
-    def __init__(self, method: Method, x0: Tensor, say: Callable[[str], None]) -> None:
-        super().__init__(say)
+    def __init__(self, method: Method, x0: Tensor, log: logging.Logger) -> None:
+        super().__init__(log)
         method.check(1)
         self.method, self.table = method, Leases()
         self.table.join(0)
@@ -1299,7 +1306,7 @@ class Solitary(Driver):
         if well:
             self.table.use(0, leases)
         elif aside := self.table.fail(0, leases):
-            self.say(f"set aside, as twice its gradient was not finite: {', '.join(map(str, aside))}")
+            self.log.warning(f"set aside, as twice its gradient was not finite: {', '.join(map(str, aside))}")
 
     def _drive(self, request: Request) -> None:
         while not isinstance(request, Gradient | Begin):

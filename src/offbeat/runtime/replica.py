@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ..core.gossip import GossipMethod
 from ..core.method import Method, ServerMethod
+from ..log import WORKER, seen
 from .edits import OtherSteps, Roster, cannot_follow
 from .exit import Member
 from .host import OtherKind
@@ -138,9 +139,10 @@ class Replica(Optimizer):
         self._roster = Roster(module, self.flat.tensors) if self.flat.whole else None
         own = Several(optimizer) if isinstance(optimizer, Sequence) else optimizer
         self._lending = Lending(own, self.flat, self._others)
-        self._statistics = [Statistics(part, _say) for part in called(module)] if buffers == "shared" else []
+        self._statistics = [Statistics(part, WORKER) for part in called(module)] if buffers == "shared" else []
         shared = Shared(module, buffers == "shared", self.team.whole) if place.servers else None
-        self._member = Member(_say)
+        seen()
+        self._member = Member(WORKER)
         try:
             self.worker = enter(
                 place,
@@ -148,7 +150,7 @@ class Replica(Optimizer):
                 method,
                 {"layout": layout_of(module)} | ({} if default is None else {"default": repr(default)}),
                 read,
-                _say,
+                WORKER,
                 self._member.told,
                 self._lending,
                 self.team,
@@ -292,7 +294,7 @@ class Replica(Optimizer):
             self._member.stepped()
             self._take()
             if self.team.any(self._member.told()) and self.worker.free:
-                _say(f"worker {self.id} leaves, as SIGTERM asks")
+                WORKER.info(f"worker {self.id} leaves, as SIGTERM asks")
                 self.leave(done=False)
                 raise SystemExit(0)
 
@@ -441,7 +443,7 @@ def enter(
     method: Method | None,
     hello: dict[str, Any],
     parse: Parse,
-    say: Callable[[str], None],
+    log: logging.Logger,
     stopped: Callable[[], bool] = lambda: False,
     lend: Callable[[Method], Method] = lambda method: method,
     team: Team | None = None,
@@ -452,8 +454,8 @@ def enter(
         if method is None:
             raise ValueError("method = None: give one, or start the script with `offbeat launch --method NAME`")
         if not isinstance(method, ServerMethod):
-            return Solitary(lend(method), x0, say)
-        return Worker(Alone(method, x0), say, lend)
+            return Solitary(lend(method), x0, log)
+        return Worker(Alone(method, x0), log, lend)
     team = team or Team()
     if team.size > 1:
         if len(place.servers) != team.size:
@@ -479,14 +481,9 @@ def enter(
             lend(method)  # which says why not, before anybody is dialled
         shard = (team.rank, team.size) if team.size > 1 else None
         remote = Remote(place, x0[team.part(len(x0))], hello, parse, shard, mine)
-        remote.stopped, remote.say = stopped, say
+        remote.stopped, remote.log = stopped, log
         if team.size > 1:
-            return Worker(Together(remote, team, len(x0)), say, lend)
+            return Worker(Together(remote, team, len(x0)), log, lend)
         with contextlib.suppress(OtherKind):  # it names a method whose workers are peers
-            return Worker(remote, say, lend)
-    return Peer(place, x0, hello, parse, say, lend, stopped, team, mine)
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody hears it: a full disk, a launcher that is dead
-        print(f"offbeat: {text}", file=sys.stderr, flush=True)
+            return Worker(remote, log, lend)
+    return Peer(place, x0, hello, parse, log, lend, stopped, team, mine)

@@ -187,10 +187,10 @@ class RunServer(Host):
         try:
             seconds = self.visits.race()
         except Exception as error:  # whatever a compiler may raise: all ways are right, some slower
-            self.say(f"visits stay uncompiled, as no kernel could be made ({str(error).splitlines()[0][:200]})")
+            self.log.info(f"visits stay uncompiled, as no kernel could be made ({str(error).splitlines()[0][:200]})")
         else:
             took = ", ".join(f"{1e3 * s:.1f} ms {way}" for way, s in seconds.items())
-            self.say(f"a visit takes {took}")
+            self.log.info(f"a visit takes {took}")
 
     def _visit(self, session: Visitor, frame: Frame, message: Message, note: dict[str, Any]) -> None:
         """Serve one message, under the lock, and record it."""

@@ -12,9 +12,9 @@ script goes on. They are in ``model.pt`` too, so that a module loads it strictly
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -263,7 +263,7 @@ class Kept:
             self.written = True
 
     @classmethod
-    def read(cls, folder: Path, say: Callable[[str], None]) -> Kept:
+    def read(cls, folder: Path, log: logging.Logger) -> Kept:
         """What `write` has put there; nothing where it has not, so that the next worker brings its own."""
         kept = cls()
         try:
@@ -272,7 +272,7 @@ class Kept:
         except FileNotFoundError:
             pass
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            say(
+            log.warning(
                 f"{folder / FILE} cannot be read ({str(error).splitlines()[0]}): the next worker's frozen parameters count"
             )
         return kept

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -107,13 +107,13 @@ def found(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.snapshot"), reverse=True)
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest snapshot that is whole, if there is one; ``say`` is told about each that is not."""
+def newest(folder: Path, log: logging.Logger) -> tuple[Path, dict[str, Any]] | None:
+    """The newest snapshot that is whole, if there is one; ``log`` is told about each that is not."""
     for path in found(folder):
         try:
             return path, read(path)
         except Damaged as damaged:
-            say(f"{damaged}; trying the one before")
+            log.warning(f"{damaged}; trying the one before")
     return None
 
 

@@ -8,6 +8,7 @@ do with a loader.
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,9 +35,9 @@ class Call(NamedTuple):
 class Statistics:
     """The running statistics of ``model``, and the calls in training that it was last given."""
 
-    def __init__(self, model: nn.Module, say: Callable[[str], None]) -> None:
+    def __init__(self, model: nn.Module, log: logging.Logger) -> None:
         """Costs nothing where no layer of the model has running statistics."""
-        self.model, self.say = model, say
+        self.model, self.log = model, log
         self.layers = [module for module in model.modules() if _tracks(module)]
         self.learning = self.layers
         """Those that were in training at the last call, as others are frozen."""
@@ -62,7 +63,7 @@ class Statistics:
                         self.model(*call.args, **call.kwargs)
         except Exception as error:
             what = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            self.say(
+            self.log.warning(
                 f"batch norm: the statistics stay this worker's own, as the model could not be called again ({what})"
             )
             self.calls.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import secrets
 import threading
@@ -23,6 +24,7 @@ from ..core.tree import leaves, rebuild
 from ..engines.faults import Fault
 from ..engines.speed import Speed
 from ..failure import Diverged
+from ..log import WORKER
 from ..trace import Trace
 from .exit import WorkerThread
 from .host import OtherKind
@@ -146,8 +148,8 @@ class NumberTaken(LinkLost):
 class TurnedAway:
     """What a worker does whose number belongs to another one: that one may have died just now, so it asks for a while."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, log: logging.Logger) -> None:
+        self.log = log
         self.until = math.inf
         self.over = False
 
@@ -158,7 +160,7 @@ class TurnedAway:
             self.over = False
             return False
         if self.until == math.inf:
-            self.say(f"{taken}; if that one has just died, this one joins within {taken.timeout:g} s")
+            self.log.warning(f"{taken}; if that one has just died, this one joins within {taken.timeout:g} s")
             self.until = time.monotonic() + taken.timeout
         self.over = time.monotonic() > self.until
         return True
@@ -197,7 +199,7 @@ class Remote(Exchange):
         self.process = secrets.token_hex(8)
         self.shards: list[_Shard] = []
         self.stopped: Callable[[], bool] = lambda: False  # whether to give up dialling
-        self.say: Callable[[str], None] = lambda text: None
+        self.log = WORKER
         self.pushed, self.shared = 0, shared
         self.oracle = False  # whether the worker keeps nothing of a reply when the next one comes
         self.beat = 1.0
@@ -208,7 +210,7 @@ class Remote(Exchange):
         """Dial all servers, agree with them, and take the first reply of each."""
         end = time.monotonic() + self.place.patience
         pause = 0.05
-        turned_away = TurnedAway(self.say)
+        turned_away = TurnedAway(self.log)
         while True:
             try:
                 return self._join()
@@ -399,8 +401,8 @@ class Driver(ABC):
     keeps = True
     """Whether it may keep a gradient when `step` has returned; else the caller may use its memory again."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, log: logging.Logger) -> None:
+        self.log = log
         self.using = threading.RLock()  # held by whoever uses it: a thread may have it leave
         self.left = False
         self.opened: Opening | None = None  # the pass that it draws from
@@ -499,7 +501,7 @@ class Driver(ABC):
         if self.spoilt > self.skips:
             several = f"; {self.spoilt} gradients in a row were not finite" if self.skips else ""
             raise Diverged(why + several, Trace(), self.terms.worker, step)
-        self.say(f"{why}; this gradient is skipped")
+        self.log.warning(f"{why}; this gradient is skipped")
 
     def _finite(self, g: Tensor) -> Tensor:
         """``g`` [d] where it is finite, else 0, as where `GradScaler` skips a step: nobody waits for what does not come."""
@@ -525,7 +527,7 @@ class Driver(ABC):
         if self.vain > LIVES:
             why = f"{LIVES} lives in a row have ended before anything that they brought was taken: see the other end's log"
             raise LinkLost(f"{lost}; {why}") from None
-        self.say(f"{lost}; {what}")
+        self.log.warning(f"{lost}; {what}")
         if self.vain > 1:
             time.sleep(min(0.05 * 2**self.vain, 1.0))
 
@@ -576,11 +578,11 @@ class Worker(Driver):
     def __init__(
         self,
         exchange: Exchange,
-        say: Callable[[str], None],
+        log: logging.Logger,
         lend: Callable[[Method], Method] = lambda method: method,
     ) -> None:
         """``lend`` puts this worker's own optimizer into the run's method."""
-        super().__init__(say)
+        super().__init__(log)
         self.exchange, self.lend = exchange, lend
         self._losses: list[float] = []
         self._computes: list[float] = []
@@ -712,7 +714,7 @@ class Worker(Driver):
         try:
             self._catch_up()
         except LinkLost as lost:
-            self.say(f"{lost}, while this worker was leaving")
+            self.log.warning(f"{lost}, while this worker was leaving")
         used = self.began + self.unstepped if done else []  # else somebody will use what this one has begun
         self.exchange.leave({"done": done, "used": used, "failed": self.failed})
 
