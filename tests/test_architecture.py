@@ -23,13 +23,14 @@ ARROWS: dict[str, tuple[set[str], set[str] | None]] = {
     "methods": ({"core", "methods"}, {"torch"}),
     "tasks": ({"core", "tasks"}, ANYTHING),
     "plain": (set(), set()),
-    "trace": ({"plain"}, {"torch"}),
+    "formats": ({"__version__"}, set()),
+    "trace": ({"plain", "formats"}, {"torch"}),
     "failure": ({"trace"}, {"torch"}),
     "cpus": (set(), set()),
     "log": (set(), set()),
     "engines": ({"core", "engines", "trace", "failure", "__version__"}, {"torch"}),
     "runtime": (
-        {"core", "engines", "log", "names", "plain", "runtime", "tasks", "trace", "failure", "__version__"},
+        {"core", "engines", "log", "names", "plain", "formats", "runtime", "tasks", "trace", "failure", "__version__"},
         {"torch"},
     ),
     "experiment": (EVERYBODY, ANYTHING),
@@ -38,7 +39,8 @@ ARROWS: dict[str, tuple[set[str], set[str] | None]] = {
     "names": (EVERYBODY, ANYTHING),
     "cli": (EVERYBODY, ANYTHING),
     "__main__": (EVERYBODY, ANYTHING),
-    "__init__": (EVERYBODY, ANYTHING),
+    "__init__": ({"api", "methods"}, set()),
+    "api": (EVERYBODY, {"torch"}),
 }
 
 

@@ -6,128 +6,35 @@ run = ob.simulate(ob.methods.DanaZero(lr=0.05), ob.tasks.Digits(), ob.Cluster(wo
 print(run.summary())
 """
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from . import methods, tasks
-from .core.descent import SGD, Adam, AdamW, Rule
-from .core.gossip import AveragingGossipMethod, GossipMethod, PairGossipMethod, PushGossipMethod, RoundGossipMethod
-from .core.master import Correction, Master, Uncorrected
-from .core.method import GradientServer, Local, Method, ServerMethod
-from .core.periodic import OuterMethod, PeriodicMethod
-from .core.problem import Problem
-from .core.schedule import Constant, Cosine, MultiStep, Product, Schedule, Sequence, Warmup
-from .core.topology import (
-    Complete,
-    Exponential,
-    Graph,
-    Mixing,
-    OnePeerExponential,
-    RandomMatching,
-    RandomPeer,
-    RandomPull,
-    Ring,
-    Star,
-    Topology,
-    Torus,
-)
-from .engines import presets
-from .engines.cluster import Cluster, Crash, Join, Leave
-from .engines.faults import Crashes, Fault, Loss, Partition, Straggler
-from .engines.network import Link, Network
-from .engines.simulator import Run, simulate
-from .engines.speed import Fixed, Gamma, LogNormal, Recorded, Speed
-from .experiment import Comparison, Grid, compare, rerun
-from .failure import Deadlock, Diverged, Failure, WorkerLost
-from .runtime.link import LinkLost
-from .runtime.replica import Replica
-from .tasks import Supervised
-from .trace import Event, Incident, Trace
-
-__all__ = [
-    "SGD",
-    "Adam",
-    "AdamW",
-    "AveragingGossipMethod",
-    "Cluster",
-    "Comparison",
-    "Complete",
-    "Constant",
-    "Correction",
-    "Cosine",
-    "Crash",
-    "Crashes",
-    "Deadlock",
-    "Diverged",
-    "Event",
-    "Exponential",
-    "Failure",
-    "Fault",
-    "Fixed",
-    "Gamma",
-    "GossipMethod",
-    "GradientServer",
-    "Graph",
-    "Grid",
-    "Incident",
-    "Join",
-    "Leave",
-    "Link",
-    "LinkLost",
-    "Local",
-    "LogNormal",
-    "Loss",
-    "Master",
-    "Method",
-    "Mixing",
-    "MultiStep",
-    "Network",
-    "OnePeerExponential",
-    "OuterMethod",
-    "PairGossipMethod",
-    "Partition",
-    "PeriodicMethod",
-    "Problem",
-    "Product",
-    "PushGossipMethod",
-    "RandomMatching",
-    "RandomPeer",
-    "RandomPull",
-    "Recorded",
-    "Replica",
-    "Ring",
-    "RoundGossipMethod",
-    "Rule",
-    "Run",
-    "Schedule",
-    "Sequence",
-    "ServerMethod",
-    "Speed",
-    "Star",
-    "Straggler",
-    "Supervised",
-    "Topology",
-    "Torus",
-    "Trace",
-    "Uncorrected",
-    "Warmup",
-    "WorkerLost",
-    "compare",
-    "methods",
-    "presets",
-    "rerun",
-    "simulate",
-    "tasks",
-]
-
-
 if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+    from .api import __all__ as __all__
     from .methods import *  # noqa: F403
 else:
 
     def __getattr__(name: str) -> Any:
-        """Every class of the methods folder is at hand as ``ob.DanaZero`` too."""
-        if name in methods.__all__:
-            return getattr(methods, name)
+        """Names come with the first use of one, as they bring torch, which takes seconds and which ``--version`` does not need.
+
+        Every class of the methods folder is at hand as ``ob.DanaZero`` too.
+        """
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module 'offbeat' has no attribute {name!r}")
+        if find_spec(f".{name}", __name__) is not None:  # a module, for `from . import` asks here first
+            return import_module(f".{name}", __name__)
+        api = import_module(".api", __name__)
+        globals().update({public: getattr(api, public) for public in api.__all__}, __all__=api.__all__)
+        if name in globals():
+            return globals()[name]
+        if name in api.methods.__all__:
+            return getattr(api.methods, name)
         raise AttributeError(f"module 'offbeat' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        api = import_module(".api", __name__)
+        return sorted({*globals(), *api.__all__, *api.methods.__all__})

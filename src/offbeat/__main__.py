@@ -8,13 +8,13 @@ import sys
 def main() -> None:
     """Run the command that ``sys.argv`` describes and exit with its status."""
     try:
-        from . import cli
+        from .cli import main as command
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] not in ("tyro", "rich", "docstring_parser"):
             raise
         print(f"offbeat's command line needs {missing.name}: pip install 'offbeat[cli]'", file=sys.stderr)
         sys.exit(1)
-    sys.exit(cli.main(sys.argv[1:]))
+    sys.exit(command(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from . import formats
 from .core.descent import Rule
 from .core.method import Method
 from .core.problem import Batched, Point, Problem
@@ -48,7 +49,6 @@ from .plain import dumps, numbers
 from .tasks import Digits
 from .trace import Event, Trace
 
-FORMAT = "offbeat comparison 1"
 NEEDED = (
     "task",
     "methods",
@@ -497,7 +497,7 @@ class Comparison:
             cell.trace.write(folder / path)
             about = {"figures": cell.figures, "failure": cell.failure, "message": cell.message, "trace": path}
             cells.append(cell.key._asdict() | about)
-        text = dumps({"format": FORMAT, **self.header, "cells": cells}, indent=1)
+        text = dumps({"format": formats.COMPARISON, **self.header, "cells": cells}, indent=1)
         (folder / "comparison.json").write_text(text, encoding="utf-8")
 
     @classmethod
@@ -506,8 +506,8 @@ class Comparison:
         path = Path(folder) / "comparison.json"
         try:
             header = json.loads(path.read_text(encoding="utf-8"))
-            if header.pop("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT!r}")
+            if not formats.check(header.pop("format"), formats.COMPARISON, str(path)):
+                raise ValueError(f"its format is not {formats.COMPARISON!r}")
             if absent := {*NEEDED} - header.keys():
                 raise ValueError(f"its header has no {', '.join(sorted(absent))}")
             cells = []
@@ -515,6 +515,8 @@ class Comparison:
                 key = Key(about["label"], about["workers"], about["seed"])
                 trace = Trace.read(path.parent / about["trace"])
                 cells.append(Cell(key, numbers(about["figures"]), about["failure"], about["message"], trace))
+        except formats.OtherVersion:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not what `offbeat compare` has written: {error!r}; run it again") from None
         return cls(header, cells)

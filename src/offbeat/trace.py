@@ -19,9 +19,8 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from . import formats
 from .plain import dumps, numbers
-
-FORMAT = "offbeat trace 1"
 
 
 class Event(NamedTuple):
@@ -78,7 +77,7 @@ _TAKEN = (*Event._fields, "incident", "evaluation", "deeds", "format")  # names 
 def line(what: Event | Note | dict[str, Any]) -> str:
     """One line of a trace file: an event, a note, or the header."""
     if isinstance(what, dict):
-        return dumps({"format": FORMAT, **what})
+        return dumps({"format": formats.TRACE, **what})
     fields = what._asdict()
     if isinstance(what, Event):
         extra = fields.pop("extra")
@@ -186,7 +185,7 @@ class Trace(Sequence[Event]):
 
     @classmethod
     def read(cls, path: str | Path) -> Trace:
-        """The trace in the file ``path``; ``ValueError`` with the line where it is none.
+        """The trace in the file ``path``; ``ValueError`` with the line where it is none, `OtherVersion` where another offbeat wrote it.
 
         A file whose last line is cut, or that has NUL bytes, as after a power cut or on a full disk, is read up to its last
         whole line: `Trace.cut` says so, and a ``UserWarning``.
@@ -196,6 +195,8 @@ class Trace(Sequence[Event]):
             for number, line in enumerate(file, start=1):
                 try:
                     trace._take(json.loads(line.decode("utf-8", "surrogateescape")), first=number == 1)
+                except formats.OtherVersion as other:
+                    raise formats.OtherVersion(f"{path}: {other}") from None
                 except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
                     nul, open_end = b"\0" in line, not line.endswith(b"\n")
                     if number > 1 and isinstance(error, json.JSONDecodeError) and (nul or open_end):
@@ -207,19 +208,21 @@ class Trace(Sequence[Event]):
                         warnings.warn(trace.cut, stacklevel=2)
                         return trace
                     raise ValueError(
-                        f"{path}, line {number} is no line of an {FORMAT!r} file ({error}); "
+                        f"{path}, line {number} is no line of an {formats.TRACE!r} file ({error}); "
                         "give a file that `offbeat simulate --out` has written"
                     ) from None
         if not trace.header:
-            raise ValueError(f"{path} is empty: it is no {FORMAT!r} file")
+            raise ValueError(f"{path} is empty: it is no {formats.TRACE!r} file")
         return trace
 
     def _take(self, line: Any, first: bool) -> None:
         if not isinstance(line, dict):
             raise TypeError("it is no object")
         if first:
-            if line.pop("format", None) != FORMAT:
-                raise ValueError(f"the header does not say {FORMAT!r}")
+            versions = line.get("versions")
+            writer = str(versions.get("offbeat", "")) if isinstance(versions, dict) else ""
+            if not formats.check(line.pop("format", None), formats.TRACE, "it", writer):
+                raise ValueError(f"the header does not say {formats.TRACE!r}")
             self.header = line
         elif "incident" in line:
             self.note(Incident(**line["incident"]))

@@ -1,31 +1,65 @@
-"""The command line."""
+"""The command line. What brings torch is imported with the command that needs it."""
 
 from __future__ import annotations
 
 import errno
-import inspect
 from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
 
 from .. import __version__
 from ..core.values import unknown
-from ..experiment import CellFailed
 from .command import FAILED, INTERRUPTED, USAGE, Command, Refused
 from .display import err, out, shown, table
-from .flags import parse
-from .launch import Launch
-from .run import Serve, Work
-from .simulate import Compare, Methods, Replay, Report, Simulate, Tasks
 
-COMMANDS: dict[str, type[Command]] = {
-    "methods": Methods,
-    "tasks": Tasks,
-    "simulate": Simulate,
-    "compare": Compare,
-    "launch": Launch,
-    "server": Serve,
-    "worker": Work,
-    "replay": Replay,
-    "report": Report,
+
+class Entry(NamedTuple):
+    """Where a command is, and its docstring, which the overview shows without importing it."""
+
+    module: str
+    name: str
+    about: str
+
+    def load(self) -> type[Command]:
+        """The class of the command."""
+        command: type[Command] = getattr(import_module(f"{__name__}.{self.module}"), self.name)
+        return command
+
+
+COMMANDS = {
+    "methods": Entry("simulate", "Methods", "List all methods, or tell everything about one."),
+    "tasks": Entry("simulate", "Tasks", "List all tasks, the data that each needs, and whether it was found."),
+    "simulate": Entry(
+        "simulate",
+        "Simulate",
+        "Train one method on a simulated cluster; write its trace, a summary and a page with pictures.",
+    ),
+    "compare": Entry(
+        "simulate",
+        "Compare",
+        "Run methods against numbers of workers and seeds, all with the same number of gradients; write results and a page.",
+    ),
+    "launch": Entry(
+        "launch",
+        "Launch",
+        "Train on processes of this machine: offbeat launch [OPTIONS] SCRIPT [ARGUMENTS], or -m MODULE, or without either a task.",
+    ),
+    "server": Entry(
+        "run",
+        "Serve",
+        "Serve a run to workers, here or on other machines; its address is host:port, and OFFBEAT_TOKEN the run's secret.",
+    ),
+    "worker": Entry(
+        "run",
+        "Work",
+        "Be a worker of a run: offbeat worker --server HOST:PORT SCRIPT [ARGUMENTS], or -m MODULE, or without either of a task.",
+    ),
+    "replay": Entry(
+        "simulate",
+        "Replay",
+        "Run a recorded run again: simulate it from its header, or replay the order of a real run in one process.",
+    ),
+    "report": Entry("simulate", "Report", "Draw the page of an earlier run or comparison again."),
 }
 
 
@@ -40,13 +74,10 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if argv[0] not in COMMANDS:
             raise Refused(unknown("command", argv[0], list(COMMANDS)))
-        return parse(COMMANDS[argv[0]], argv[0], argv[1:]).run(argv)
+        return _run(argv)
     except Refused as refused:
         err.print(f"offbeat: {shown(refused)}")
         return USAGE
-    except CellFailed as failed:
-        err.print(f"offbeat: {shown(failed)}")
-        return FAILED
     except OSError as error:
         if error.errno != errno.EIO:
             raise
@@ -56,9 +87,19 @@ def main(argv: Sequence[str]) -> int:
         return INTERRUPTED
 
 
+def _run(argv: Sequence[str]) -> int:
+    from ..experiment import CellFailed
+    from .flags import parse
+
+    try:
+        return parse(COMMANDS[argv[0]].load(), argv[0], argv[1:]).run(argv)
+    except CellFailed as failed:
+        err.print(f"offbeat: {shown(failed)}")
+        return FAILED
+
+
 def _overview() -> None:
     out.print("usage: offbeat COMMAND [OPTIONS]\n")
     out.print("Train neural networks without lockstep, on simulated clusters.\n")
-    lines = [[name, inspect.getdoc(cls) or ""] for name, cls in COMMANDS.items()]
-    out.print(table(["command", ""], lines, right=()))
+    out.print(table(["command", ""], [[name, entry.about] for name, entry in COMMANDS.items()], right=()))
     out.print("offbeat COMMAND --help tells the options of a command.")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..experiment import show
-from ..trace import Event
+if TYPE_CHECKING:
+    from ..trace import Event
 
 out = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -114,6 +114,8 @@ def watching(tell: Tell) -> Callable[[Event], None]:
 @contextmanager
 def board(total: int | None) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function to call with a run's status: a live table, or lines where there is no terminal."""
+    from ..experiment import show  # brings torch
+
     if not err.is_terminal or os.environ.get("CI"):
         due = 0.0
 

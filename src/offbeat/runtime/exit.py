@@ -340,4 +340,5 @@ def _wait(true: Callable[[], bool], until: float) -> None:
 
 _here = _Process()
 atexit.register(_here.settle)
-os.register_at_fork(after_in_child=_here.forked)
+if hasattr(os, "register_at_fork"):  # where processes fork
+    os.register_at_fork(after_in_child=_here.forked)

@@ -19,6 +19,15 @@ RESULTS = ("trace.jsonl", "model.pt", "summary.json", "comparison.json", "snapsh
 CURE = "name another folder with --out, or go on with it by --resume"
 
 
+def require_posix() -> None:
+    """``OSError`` on a system where real runs do not work."""
+    if os.name != "posix":
+        raise OSError(
+            f"real runs need Linux or macOS, and this is {os.name!r}: start them in WSL or on another machine; the simulator "
+            "(offbeat simulate, ob.simulate) works here"
+        )
+
+
 class Busy(ValueError):
     """Another process writes to the folder."""
 
@@ -55,6 +64,7 @@ def claim(
     named: Path | None, default: Path, who: str, make: Callable[[Path], Path], resume: bool = False, cure: str = CURE
 ) -> tuple[Path, IO[Any]]:
     """The folder that `choose` gives, made by ``make``, and the `lock` on it; of default folders the first that nobody uses."""
+    require_posix()
     taken: set[Path] = set()
     while True:
         folder = choose(named, default, resume, cure=cure, taken=taken)

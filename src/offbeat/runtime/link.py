@@ -28,10 +28,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .. import formats
 from ..engines.kernel import ALIGNED
 from .message import CURE, NOTE, SIZE, WORD, Corrupt, Header, Kind, checksum, whole
 
-GREETING = b"offbeat runtime 1\n"
+GREETING = f"{formats.PROTOCOL:<23}\n".encode()
+"""What each end says first, of the same length in every version, so that two versions can tell each other."""
 AT_ONCE = 4096
 """Bytes that are read from a socket at once where fewer are asked for: a header and its note come together."""
 LOOKOUT = 3e-4
@@ -480,7 +482,8 @@ def prepare(sock: socket.socket, timeout: float) -> None:
 def dial(address: str, token: str, name: str, timeout: float) -> Link:
     """A link to the process that listens at ``address`` (host:port) and knows ``token``. Raises `LinkLost`.
 
-    `PermissionError` where the other end does not know the token, or does not believe that this one does.
+    `PermissionError` where the other end does not know the token, or does not believe that this one does; `OtherVersion` where
+    it speaks another protocol.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -500,7 +503,7 @@ def dial(address: str, token: str, name: str, timeout: float) -> Link:
         mine = secrets.token_bytes(32)
         link._write(GREETING + mine)
         theirs = link._read(len(GREETING) + 32, "its greeting")
-        if theirs[: len(GREETING)] != GREETING:
+        if not formats.check(_greeting(theirs), formats.PROTOCOL, f"{name} at {address}"):
             raise LinkLost(f"what answers at {address} is no offbeat {name}")
         theirs = theirs[len(GREETING) :]
         link._write(_proof(token, b"dials", mine, theirs))
@@ -525,9 +528,14 @@ def accept(sock: socket.socket, token: str, name: str, timeout: float) -> Link:
     link = Link(sock, name, min(timeout, 10.0))
     link.deadline = time.monotonic() + link.timeout  # a stranger who sends byte after byte is not waited for
     theirs = link._read(len(GREETING) + 32, "a greeting")
-    if theirs[: len(GREETING)] != GREETING:
-        raise Corrupt(f"{name} does not speak as offbeat does")
-    theirs, mine = theirs[len(GREETING) :], secrets.token_bytes(32)
+    mine = secrets.token_bytes(32)
+    try:
+        if not formats.check(_greeting(theirs), formats.PROTOCOL, name):
+            raise Corrupt(f"{name} does not speak as offbeat does")
+    except formats.OtherVersion as other:
+        link._write(GREETING + mine)  # so that the other end can tell as well
+        raise Corrupt(str(other)) from None
+    theirs = theirs[len(GREETING) :]
     link._write(GREETING + mine)
     if not hmac.compare_digest(link._read(32, "a proof"), _proof(token, b"dials", theirs, mine)):
         link._write(NO)
@@ -536,6 +544,11 @@ def accept(sock: socket.socket, token: str, name: str, timeout: float) -> Link:
     prepare(sock, timeout)
     link.timeout, link.deadline = timeout, None
     return link
+
+
+def _greeting(data: bytes) -> str:
+    text, end = data[: len(GREETING) - 1], data[len(GREETING) - 1 : len(GREETING)]
+    return text.decode("latin-1") if end == b"\n" else ""
 
 
 def _proof(token: str, side: bytes, dialled: bytes, accepted: bytes) -> bytes:

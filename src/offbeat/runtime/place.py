@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .exit import failed
-from .folder import claim
+from .folder import claim, require_posix
 from .link import LinkLost
 
 PORT = 29_400
@@ -49,8 +49,9 @@ class Place:
 
         Without a server, and with more than one process: what torchrun says (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``), or SLURM
         (``SLURM_PROCID``, ``SLURM_NTASKS``, ``SLURM_JOB_NODELIST``, ``SLURM_JOB_ID``); rank 0 hosts the run then. Not so
-        without ``launchers``: what they say is of the ranks of one worker.
+        without ``launchers``: what they say is of the ranks of one worker. ``OSError`` on a system where real runs do not work.
         """
+        require_posix()
 
         def number(name: str, kind: type[int] | type[float]) -> int | float | None:
             text = environment.get(name, "")

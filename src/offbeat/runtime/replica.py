@@ -7,11 +7,10 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ..core.gossip import GossipMethod
@@ -33,6 +32,9 @@ from .statistics import Statistics
 from .streams import seed_streams
 from .team import Team, Together
 from .worker import SKIPS, Alone, Driver, Parse, Remote, Worker
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # which a torch without torch.distributed lacks
 
 T = TypeVar("T")
 S = TypeVar("S")

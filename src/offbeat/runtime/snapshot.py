@@ -11,7 +11,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-MAGIC = b"offbeat snapshot 1\n"
+from .. import formats
+
+MAGIC = formats.SNAPSHOT.encode() + b"\n"
 HEAD = len(MAGIC) + 65
 """Bytes before a snapshot's content: what it is, and the hash of the content."""
 
@@ -86,9 +88,13 @@ def _save(content: dict[str, Any], file: _Hashed) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `write` has put there; `Damaged` where it is not all of it. Never runs code that a file may hold."""
+    """What `write` has put there; `Damaged` where it is not all of it, `OtherVersion` where another offbeat wrote it.
+
+    Never runs code that a file may hold.
+    """
     with open(path, "rb") as file:
         head = file.read(HEAD)
+        formats.check(head.partition(b"\n")[0].decode("latin-1"), formats.SNAPSHOT, str(path))
         if head[: len(MAGIC)] != MAGIC or not file.read(1):
             raise Damaged(f"{path} is no snapshot")
         file.seek(HEAD)
@@ -108,7 +114,10 @@ def found(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, log: logging.Logger) -> tuple[Path, dict[str, Any]] | None:
-    """The newest snapshot that is whole, if there is one; ``log`` is told about each that is not."""
+    """The newest snapshot that is whole, if there is one; ``log`` is told about each that is not.
+
+    One of another version raises `OtherVersion`: to go on from an older one, or to begin anew, would lose the run.
+    """
     for path in found(folder):
         try:
             return path, read(path)
