@@ -16,6 +16,10 @@ from pathlib import Path
 import pytest
 
 import offbeat as ob
+import offbeat.cli.flags
+import offbeat.cli.launch
+import offbeat.cli.run
+import offbeat.cli.simulate
 from offbeat import cli
 from offbeat.core.values import parse
 from offbeat.experiment import Comparison, rerun
@@ -308,7 +312,7 @@ def test_any_name_of_a_folder_is_shown(capsys: pytest.CaptureFixture[str], name:
 def test_where_a_script_begins(line: str, script: str) -> None:
     """At the first word that is no value of a flag, and is a file or ends in .py."""
     Path("start").touch()
-    before, after = cli.flags._script(cli.Launch, line.split())
+    before, after = cli.flags._script(cli.launch.Launch, line.split())
     assert " ".join(after) == script
     assert [*before, *after] == [word for word in line.split() if word != "--"]
 
