@@ -25,7 +25,7 @@ from offbeat.runtime.message import Corrupt
 
 def test_a_format_is_known_another_version_refused_and_anything_else_none() -> None:
     assert check("offbeat trace 3", "offbeat trace 3", "x")
-    for none in ("offbeat snapshot 3", "offbeat trace", "offbeat trace -1", "offbeat trace 3 4", "", None, 3):
+    for none in ("offbeat snapshot 3", "offbeat trace", "offbeat trace -1", "offbeat trace 3 4", "offbeat trace 3\xa0", "", None, 3):
         assert not check(none, "offbeat trace 3", "x")
     with pytest.raises(OtherVersion) as newer:
         check("offbeat trace 12", "offbeat trace 3", "the file x", "7.0.1")

@@ -32,7 +32,7 @@ def check(found: object, known: str, what: str, writer: str = "") -> bool:
     ``what`` has that format, for the message; ``writer`` is the version of offbeat that wrote it, where that is known.
     """
     name, _, mine = known.rpartition(" ")
-    match = re.fullmatch(rf"{name} +([0-9]{{1,9}})", str(found).strip())
+    match = re.fullmatch(rf"{name} ([0-9]{{1,9}}) *", str(found))
     if match is None:
         return False
     theirs = int(match[1])
