@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crew import heard
 
 import offbeat as ob
 from offbeat import cli, formats
@@ -25,7 +26,16 @@ from offbeat.runtime.message import Corrupt
 
 def test_a_format_is_known_another_version_refused_and_anything_else_none() -> None:
     assert check("offbeat trace 3", "offbeat trace 3", "x")
-    for none in ("offbeat snapshot 3", "offbeat trace", "offbeat trace -1", "offbeat trace 3 4", "offbeat trace 3\xa0", "", None, 3):
+    for none in (
+        "offbeat snapshot 3",
+        "offbeat trace",
+        "offbeat trace -1",
+        "offbeat trace 3 4",
+        "offbeat trace 3\xa0",
+        "",
+        None,
+        3,
+    ):
         assert not check(none, "offbeat trace 3", "x")
     with pytest.raises(OtherVersion) as newer:
         check("offbeat trace 12", "offbeat trace 3", "the file x", "7.0.1")
@@ -82,10 +92,10 @@ def test_a_snapshot_of_another_version_is_not_passed_over(tmp_path: Path, number
     renumber(new, number)
     said: list[str] = []
     with pytest.raises(OtherVersion, match=f"'offbeat snapshot {number}', and offbeat .* knows 'offbeat snapshot 1'"):
-        snapshot.newest(tmp_path, said.append)
+        snapshot.newest(tmp_path, heard(said))
     assert said == []
     new.write_bytes(b"offbeat snapshot two\n" * 9)  # which is damage
-    found = snapshot.newest(tmp_path, said.append)
+    found = snapshot.newest(tmp_path, heard(said))
     assert found is not None
     assert found[0] == old
     assert len(said) == 1
@@ -94,7 +104,7 @@ def test_a_snapshot_of_another_version_is_not_passed_over(tmp_path: Path, number
 def test_resume_refuses_a_snapshot_of_another_version(tmp_path: Path) -> None:
     renumber(snapshot.write(tmp_path / "snapshots", 1, {"x": torch.ones(3)}), 2)
     with pytest.raises(Refused, match="offbeat snapshot 2"), told():
-        resumed(Terms(None, None, 1), tmp_path, read, print)
+        resumed(Terms(None, None, 1), tmp_path, read, heard())
 
 
 @pytest.mark.parametrize("number", [0, 2, 99_999])
