@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := --numprocesses auto --dist loadfile
 
-.PHONY: install demo test check bench performance clean
+.PHONY: install demo test lint check bench performance docs dist clean
 
 install: .venv/installed
 
@@ -18,10 +18,12 @@ demo: install
 test: install
 	$(BIN)/python -m pytest $(PARALLEL)
 
-check: install
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/python -m pytest $(PARALLEL)
 
 bench: install
@@ -29,6 +31,21 @@ bench: install
 
 performance: bench
 	$(BIN)/python -m benchmarks.page docs/performance.md
+
+# The site, into build/site. A warning ends it.
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+# Wheel and sdist, checked; and the wheel in an environment of its own, where it must work.
+dist: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[release]'
+	rm -rf dist build/smoke
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls dist/*.whl)[cli,report]"
+	build/smoke/bin/python -P tests/smoke.py
 
 clean:
 	rm -rf .venv runs build dist src/*.egg-info
