@@ -26,6 +26,7 @@ from .engines import presets
 from .engines.cluster import Cluster, Crash, Join, Leave
 from .engines.faults import Crashes, Fault, Loss, Partition, Straggler
 from .engines.network import Link, Network
+from .engines.processors import Machines
 from .engines.simulator import Run, simulate
 from .engines.speed import Fixed, Gamma, LogNormal, Recorded, Speed
 from .experiment import Comparison, Grid, compare, rerun
@@ -68,6 +69,7 @@ __all__ = [
     "Local",
     "LogNormal",
     "Loss",
+    "Machines",
     "Master",
     "Method",
     "Mixing",

@@ -15,6 +15,7 @@ from .core.values import parse
 from .engines.cluster import Cluster, Membership
 from .engines.faults import Fault
 from .engines.network import Link, Network
+from .engines.processors import Machines
 from .engines.speed import Speed
 from .tasks import TASKS
 
@@ -25,7 +26,7 @@ KINDS = (Method, Correction, Rule, Schedule, Topology, Speed, Membership, Fault)
 def names() -> dict[str, Callable[..., Any]]:
     """Every constructor by its class name; the library's come before a user's own of the same name."""
     found = sorted((cls for kind in KINDS for cls in _concrete(kind)), key=_ours)
-    return {cls.__name__: cls for cls in (*found, Cluster, Network, Link, *TASKS.values())}
+    return {cls.__name__: cls for cls in (*found, Cluster, Network, Link, Machines, *TASKS.values())}
 
 
 def read(text: str, known: Mapping[str, Callable[..., Any]] | None = None) -> Any:

@@ -256,7 +256,7 @@ def styles(labels: Iterable[str], theme: Theme) -> dict[str, Look]:
 
 
 def _over_workers(comparison: Comparison, name: str, theme: Theme) -> Figure:
-    figure = _figure(9, 5)
+    figure = canvas(9, 5)
     axes = figure.subplots()
     workers, looks = comparison.header["workers"], styles(comparison.header["methods"], theme)
     ceiling = _ceiling(comparison, name)
@@ -295,7 +295,7 @@ def _over_time(comparison: Comparison, name: str, theme: Theme) -> Figure:
     workers, looks = comparison.header["workers"], styles(comparison.header["methods"], theme)
     columns = min(len(workers), 3)
     lines = math.ceil(len(workers) / columns)
-    figure = _figure(max(4 * columns, 7), 3.4 * lines + 0.7)
+    figure = canvas(max(4 * columns, 7), 3.4 * lines + 0.7)
     panels = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for axes, n in zip(panels, workers, strict=False):
         for row in comparison.rows():
@@ -317,7 +317,7 @@ def _over_time(comparison: Comparison, name: str, theme: Theme) -> Figure:
 
 def _losses(comparison: Comparison, theme: Theme) -> Figure:
     workers, looks = comparison.header["workers"], styles(comparison.header["methods"], theme)
-    figure = _figure(max(4.0 * len(workers), 7), 7.2)
+    figure = canvas(max(4.0 * len(workers), 7), 7.2)
     grid = figure.subplots(2, len(workers), sharex="row", sharey=True, squeeze=False)
     lowest = math.inf
     for row in comparison.rows():
@@ -353,7 +353,7 @@ def _losses(comparison: Comparison, theme: Theme) -> Figure:
 def _staleness(comparison: Comparison, theme: Theme) -> Figure:
     looks = styles(comparison.header["methods"], theme)
     workers = [n for n in comparison.header["workers"] if n > 1] or comparison.header["workers"]
-    figure = _figure(10, 1.6 + 0.55 * len(looks))
+    figure = canvas(10, 1.6 + 0.55 * len(looks))
     lag, gap = figure.subplots(1, 2, sharey=True)
     for axes, column in ((lag, "lag"), (gap, "gap")):
         values = {
@@ -398,7 +398,7 @@ def _progress(trace: Trace, theme: Theme) -> Figure:
     names = sorted({name for e in trace.evaluations for name in e.figures} - {"loss"}, key=lambda n: n != "accuracy")
     tests = [(e.seconds, _shown("loss", e.figures["loss"])) for e in trace.evaluations if "loss" in e.figures]
     has_loss = bool(tests) or learns(trace)
-    figure = _figure(6.5 if not (names and has_loss) else 10, 3.9)
+    figure = canvas(6.5 if not (names and has_loss) else 10, 3.9)
     panels = np.atleast_1d(figure.subplots(1, has_loss + len(names[:1]))).tolist()
     if has_loss:
         _loss(panels[0], trace, tests, theme)
@@ -433,7 +433,7 @@ def _loss(axes: Axes, trace: Trace, tests: list[tuple[float, Array]], theme: The
 
 
 def _stale(trace: Trace, columns: Sequence[str], theme: Theme) -> Figure:
-    figure = _figure(10 / 3 * (1 + len(columns)), 3.4)
+    figure = canvas(10 / 3 * (1 + len(columns)), 3.4)
     *panels, share = np.atleast_1d(figure.subplots(1, 1 + len(columns))).tolist()
     for axes, column in zip(panels, columns, strict=True):
         values = _measured(trace, column)
@@ -457,7 +457,7 @@ def _stale(trace: Trace, columns: Sequence[str], theme: Theme) -> Figure:
 def _own(trace: Trace, names: Sequence[str], theme: Theme) -> Figure:
     columns = min(3, len(names))
     lines = math.ceil(len(names) / columns)
-    figure = _figure(max(10 / 3 * columns, 5), 2.9 * lines)
+    figure = canvas(max(10 / 3 * columns, 5), 2.9 * lines)
     for i, name in enumerate(names):
         axes = figure.add_subplot(lines, columns, i + 1)
         x, y = _smooth(trace, "seconds", name)
@@ -472,7 +472,7 @@ def _own(trace: Trace, names: Sequence[str], theme: Theme) -> Figure:
 # what the pictures share
 
 
-def _figure(width: float, height: float) -> Figure:
+def canvas(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 

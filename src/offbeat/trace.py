@@ -66,12 +66,28 @@ class Deeds(NamedTuple):
     deeds: list[list[Any]]
 
 
-Note = Incident | Evaluation | Deeds
+class Load(NamedTuple):
+    """What a process of a real run has had of its machine's processors, all in seconds since some time of its own: what counts
+    is what two of them that follow each other differ by."""
+
+    seconds: float
+    worker: int  # -1: the server, or the coordinator
+    gradients: int  # the worker's own; at a server all that were brought to it
+    wall: float
+    processor: float  # of the process, all its threads and its children
+    exchange: float  # of these, those between gradients
+    queued: float  # in which one of its threads was ready to run and had no core; nan: the system does not say
+    busy: float  # of the whole machine, all processes; nan: the system does not say
+    cores: int  # that the process may use
+    machine: str  # the same for all processes of a machine
+
+
+Note = Incident | Evaluation | Deeds | Load
 
 _COLUMNS = {name: k for k, name in enumerate(Event._fields[:-1])}
 _ROW = struct.Struct(f"{len(_COLUMNS)}d")
 _WHOLE = ("worker", "step", "lag")  # columns of whole numbers, which a double holds exactly up to 2**53
-_TAKEN = (*Event._fields, "incident", "evaluation", "deeds", "format")  # names that mean something in a line
+_TAKEN = (*Event._fields, "incident", "evaluation", "deeds", "load", "format")  # names that mean something in a line
 
 
 def line(what: Event | Note | dict[str, Any]) -> str:
@@ -124,6 +140,11 @@ class Trace(Sequence[Event]):
     def evaluations(self) -> list[Evaluation]:
         """How good the shipped model was, in order."""
         return [note for _, note in self._notes if isinstance(note, Evaluation)]
+
+    @property
+    def loads(self) -> list[Load]:
+        """What processes have had of their processors, about once a second each, in order."""
+        return [note for _, note in self._notes if isinstance(note, Load)]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -229,6 +250,8 @@ class Trace(Sequence[Event]):
         elif "evaluation" in line:
             about = line["evaluation"]
             self.note(Evaluation(**about | {"figures": numbers(about["figures"])}))
+        elif "load" in line:
+            self.note(Load(**numbers(line["load"])))  # type: ignore[arg-type]
         elif "deeds" in line:
             self.note(Deeds(**line["deeds"]))
         else:

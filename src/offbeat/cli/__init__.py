@@ -60,6 +60,16 @@ COMMANDS = {
         "Run a recorded run again: simulate it from its header, or replay the order of a real run in one process.",
     ),
     "report": Entry("simulate", "Report", "Draw the page of an earlier run or comparison again."),
+    "predict": Entry(
+        "predict",
+        "Predict",
+        "Say from the record of a run how fast other methods and numbers of workers would be, and what would limit them.",
+    ),
+    "advise": Entry(
+        "predict",
+        "Advise",
+        "Rank methods for the cluster that the record of a run shows: what is measured, computed and a rule of thumb of each.",
+    ),
 }
 
 

@@ -32,6 +32,7 @@ from ..core.values import unknown
 from ..engines.cluster import Cluster
 from ..engines.network import Link
 from ..engines.presets import PRESETS
+from ..engines.processors import Machines
 from ..experiment import Grid, entry
 from ..methods import all_methods
 from ..names import KINDS, read
@@ -94,7 +95,7 @@ def _registry(command: Any, parts: Sequence[type]) -> ConstructorRegistry:
         if get_origin(info.type) is tuple:
             return None  # its entries are read one by one
         union = (info.type, *get_args(info.type))
-        if info.type in free or not any(isinstance(t, type) and issubclass(t, (*KINDS, Link)) for t in union):
+        if info.type in free or not any(isinstance(t, type) and issubclass(t, (*KINDS, Link, Machines)) for t in union):
             return None
         plain = str in union  # the grid's entries are read by the grid
         return PrimitiveConstructorSpec(

@@ -11,6 +11,7 @@ from ..core.values import refuse, require
 from ..trace import Trace
 from .faults import Crashes, Fault, Loss, check
 from .network import Network
+from .processors import Machines
 from .speed import Gamma, Recorded, Speed
 
 
@@ -54,6 +55,8 @@ class Cluster:
     """What messages cost; nothing unless told."""
     faults: tuple[Fault, ...] = ()
     """What goes wrong: stragglers, partitions, crashes and lost messages at a rate."""
+    machines: Machines | None = None
+    """Whose cores workers share; None: each has a processor of its own, and messages cost it nothing."""
 
     def __post_init__(self) -> None:
         whole = isinstance(self.workers, int) and not isinstance(self.workers, bool)

@@ -33,6 +33,7 @@ from .ensemble import Centre, Peers, average, ensemble
 from .faults import Crashes, Fault
 from .lanes import Coming, Count, Lanes, Taken, check_lanes
 from .network import Traffic
+from .processors import Processors
 from .still import still
 
 
@@ -139,7 +140,8 @@ class _Worker:
     ahead: Taken | Coming | None = None  # its present gradient, taken before its time
     taken: Taken | None = None  # the same once it is done, until the loop asks for it
     flying: bool = False  # whether it is at one that no fault will cut short
-    due: float = 0.0  # when
+    due: float = 0.0  # when, if it has its cores for itself
+    begun: float = 0.0  # since when it is at its present gradient
     inbox: deque[tuple[int, int | None, Message]] = field(default_factory=deque)
     coming: list[_Letter] = field(default_factory=list)  # one-way messages under way to it
     missed: set[tuple[int, int | None]] = field(default_factory=set)  # lost ones, by sender and round
@@ -277,7 +279,8 @@ class Simulation:
         self.reducing: dict[tuple[Members, int | None], _Reduction] = {}
         self.ensemble = ensemble(self.method, self.x0, seed)
         self.peers = self.ensemble if isinstance(self.ensemble, Peers) else None
-        self.instant = self.traffic.free and not self.partitions
+        self.processors = None if cluster.machines is None else Processors(cluster.machines, self.clock)
+        self.instant = self.traffic.free and not self.partitions and self.processors is None
         self.sizes: dict[int, float] = {}
         self.kept: list[Message] = []  # so that no other takes its place
         quiet = self.instant and not (cluster.events or cluster.faults or evaluate_every)
@@ -370,6 +373,8 @@ class Simulation:
                 self.trace.header["message"] = size
         if self.instant:
             act(*args)
+        elif worker and self.processors:
+            self.processors.handle(source, self.traffic.send, source, to, size, act, *args)
         else:
             self.traffic.send(source, to, size, act, *args)
 
@@ -460,6 +465,8 @@ class Simulation:
             self.clock.at(self.clock.now, -1, self._finish, worker)  # next
             return
         worker.taken = taken if isinstance(taken, Taken) else taken()
+        if self.processors:  # it may have shared its cores meanwhile
+            worker.compute = self.clock.now - worker.begun
         worker.idle, worker.ahead, worker.flying = self.clock.now, None, False
         if isinstance(worker.waits, Gradient):  # else it is on a visit, and takes it when it is back
             self._use(worker)
@@ -522,10 +529,12 @@ class Simulation:
                 return self._grant(worker, request)
             if isinstance(request, Recv):
                 return self._receive(worker)
+            if isinstance(request, AllReduce) and self.processors:
+                return self.processors.handle(worker.node.id, self._contribute, worker, request)
             if isinstance(request, AllReduce):
                 return self._contribute(worker, request)
             if isinstance(request, Ask) and request.to == SERVER:
-                return self._transfer(worker.node.id, SERVER, request.msg, self._visit, worker, request.msg, taken)
+                return self._transfer(worker.node.id, SERVER, request.msg, self._arrive, worker, request.msg, taken)
             if isinstance(request, Ask):
                 return self._ask(worker, request)
             worker.waits = None
@@ -563,10 +572,13 @@ class Simulation:
                     self.clock.at(now + part * worker.compute, 0, self._die, worker, downtime)
                     return
             worker.flying = True
-            worker.due = now + worker.compute
+            worker.begun, worker.due = now, now + worker.compute
             if self.start:
                 worker.ahead = self.start(Point(self.problem, worker.x, who, worker.steps - 1), len(self.workers))
-            self.clock.at(worker.due, 2, self.finishing, worker)  # after all that it may see
+            if self.processors:
+                self.processors.compute(who, worker.compute, self.finishing, worker)
+            else:
+                self.clock.at(worker.due, 2, self.finishing, worker)  # after all that it may see
 
     def _resume(self, worker: _Worker, answer: Any, sent: float | None = None) -> None:
         """What the worker waited for is there (on its way since ``sent``): it goes on next, at the same time."""
@@ -577,8 +589,15 @@ class Simulation:
 
     # answers that are messages
 
-    def _visit(self, worker: _Worker, msg: Message, taken: _Gradient | None) -> None:
+    def _arrive(self, worker: _Worker, msg: Message, taken: _Gradient | None) -> None:
         """What the worker has sent is at the server."""
+        if self.processors:
+            self.processors.serve(self._visit, worker, msg, taken)
+        else:
+            self._visit(worker, msg, taken)
+
+    def _visit(self, worker: _Worker, msg: Message, taken: _Gradient | None) -> None:
+        """What the worker has sent is served."""
         if not isinstance(self.ensemble, Centre):
             raise TypeError(f"{self.method!r} asks a server, and is no ServerMethod: there is none")
         if worker.gone:
@@ -684,6 +703,8 @@ class Simulation:
 
     def _contribute(self, worker: _Worker, request: AllReduce) -> None:
         members, round = request.members, request.round
+        if worker.gone:
+            return  # it crashed meanwhile
         if (members, round) not in self.reducing:
             self.reducing[members, round] = _Reduction({}, {m for m in members if self._comes(m, round)})
         reduction = self.reducing[members, round]
@@ -729,6 +750,10 @@ class Simulation:
         worker.pending, worker.sent, worker.transits = False, 0.0, []
         worker.undelivered += 1
         self.trace.add(event)
+        if self.processors and len(self.trace) % max(1, self.gradients // 100) == 0:
+            counts = {SERVER: len(self.trace)} | {w.node.id: w.steps for w in self.workers.values()}
+            for load in self.processors.loads(counts):
+                self.trace.note(load)
         if self.watch:
             self.watch(event)
 

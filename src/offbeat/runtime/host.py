@@ -29,13 +29,14 @@ from ..core.method import Method
 from ..core.problem import Problem
 from ..core.values import require, require_count
 from ..engines.simulator import messages
-from ..trace import Evaluation, Event, Incident, Note
+from ..trace import Evaluation, Event, Incident, Load, Note
 from . import layout, snapshot
 from .evaluation import Evaluator
 from .journal import Journal, Unwritten, beyond, whole
 from .leases import Lease, Leases, leases_in, remedy
 from .link import Link, LinkLost, accept, listen
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
+from .meter import Meter, load
 from .shared_state import Kept, Told
 from .streams import IN_A_ROW, Twins, sample
 from .supervisor import ONCE
@@ -261,13 +262,14 @@ class Host(ABC):
 
     def _attend(self, watch: Callable[[], None], evaluator: Evaluator) -> None:
         """Write and look at what happens until the run is over."""
-        due = time.monotonic() + self.terms.every
+        due, meter = time.monotonic() + self.terms.every, Meter()
         while not (self.told or self.stopping.wait(0.2)) and self.other is None:
             with self.lock:
                 if self.over():
                     return
             watch()
             evaluator.look()
+            self._weigh(meter)
             self._flush()
             if time.monotonic() >= due:
                 pause = self.terms.every if self.save() else min(self.terms.every, AGAIN)
@@ -737,6 +739,8 @@ class Host(ABC):
                 extra=figures,
             )
             self.journal.add(event)
+        if "load" in note and (said := load(now, session.worker, note["load"])):
+            self._note(said)
         self.steps[session.worker] = step + count
         self._used(session, note)
         session.losses.extend(loss for loss in losses if math.isfinite(loss))
@@ -868,6 +872,12 @@ class Host(ABC):
 
     def _note(self, note: Note) -> None:
         self.journal.add(note)
+
+    def _weigh(self, meter: Meter) -> None:
+        """Record what this process has had of its processors, about once a second."""
+        with self.lock:
+            if self.running and (said := meter.read(sum(self.steps.values()))):
+                self._note(Load(self.seconds, -1, **said))
 
     def _flush(self) -> None:
         with self.lock:

@@ -643,6 +643,8 @@ class Peer(Driver):
                 sent, self.sent = self.sent, 0
             note |= {"losses": self.losses, "compute": self.computes, "waited": self.waits, "sent": sent}
             note |= {} if self.rate is None else {"lr": self.rates}
+            load = self.meter.read(self.node.step)
+            note |= {} if load is None else {"load": load}
             note |= {} if self.team.rank else {"used": self.began, "failed": self.failed}  # they are the first rank's
             self.began, self.failed = [], []
             self.losses, self.computes, self.waits, self.rates = [], [], [], []
@@ -1100,6 +1102,7 @@ class Peer(Driver):
 
     def step(self, g: Tensor, loss: float) -> None:
         now = time.perf_counter()
+        self.meter.stop()
         self.losses.append(loss)
         self.rates.append(self.rate)
         self.waits.append(self._waited)
@@ -1126,6 +1129,7 @@ class Peer(Driver):
             self._share()
         except LinkLost as lost:
             self._mend(lost)
+        self.meter.go()
         self._since = time.perf_counter()
         self._waited = self._since - now
 

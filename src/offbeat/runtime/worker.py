@@ -31,6 +31,7 @@ from .host import OtherKind
 from .leases import TASK, Key, Lease, Leases, Opening, leases_in, remedy
 from .link import Frame, Link, LinkLost, dial, machine
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
+from .meter import Meter
 from .place import Place
 from .server import forms
 from .shared_state import Shared, greeted
@@ -422,6 +423,7 @@ class Driver(ABC):
         self.life = 0  # how often it has joined
         self.vain = 0  # how many lives in a row have ended before what they brought was taken
         self._since, self._waited = time.perf_counter(), 0.0
+        self.meter = Meter()
 
     @property
     def x(self) -> Tensor:
@@ -656,6 +658,7 @@ class Worker(Driver):
 
     def step(self, g: Tensor, loss: float) -> None:
         now = time.perf_counter()
+        self.meter.stop()
         self.brought, self.unstepped = self.unstepped, []
         if isinstance(self.method, GradientServer):  # whose messages are gradients, which the server looks at
             self._settle(self.brought, True)
@@ -676,6 +679,7 @@ class Worker(Driver):
                 self.request = self._gradient(self.loop.send(reply))
         else:
             self.request = self._gradient(request)
+        self.meter.go()
         self._since = time.perf_counter()
         self._waited = self._since - now
 
@@ -696,6 +700,8 @@ class Worker(Driver):
         }
         if self.rate is not None:
             note["lr"] = self._rates
+        if load := self.meter.read(self.node.step):
+            note["load"] = load
         self.began, self.failed = [], []
         count = len(self._losses)
         self.exchange.push(msg, count, note)
