@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -229,6 +230,81 @@ def test_in_a_run_with_a_server_a_state_is_loaded_before_the_replica_is_made(ser
     torch.testing.assert_close(run.x(), start + 0.25 * (7 - start))
     replica.leave()
     run.join()
+
+
+def begin(replica: ob.Replica) -> None:
+    """The first minibatch of a pass, and its step."""
+    for _ in replica.steps(1000):
+        stay(replica.model)
+        replica.step()
+        break
+
+
+@pytest.mark.parametrize(
+    "method",
+    [ob.methods.DanaZero(lr=0.1), ob.methods.AsyncLocalSGD(ob.SGD(0.1), period=1)],
+    ids=["dana", "async-local"],
+)
+def test_a_state_that_is_loaded_before_the_first_pass_is_where_the_run_begins(serve: Serve, method: ob.Method) -> None:
+    """Whoever loads it first; those who had joined before join again. Who loads one when the run has begun goes on from the run's."""
+    run = serve(terms(method, 3))
+    models = [net() for _ in range(3)]
+    first, second = (ob.Replica(models[i], place=run.place(i)) for i in range(2))
+    fill(models[1], 7.0)
+    begin(second)
+    assert any("worker 1 has loaded weights before the run's first gradient" in line for line in run.said)
+    fill(models[0], 7.0)
+    begin(first)
+    third = ob.Replica(models[2], place=run.place(2))
+    fill(models[2], 3.0)
+    begin(third)
+    torch.testing.assert_close(run.x(), torch.full_like(run.x(), 7.0))
+    for model in models:
+        torch.testing.assert_close(vector(model), torch.full_like(run.x(), 7.0))
+    for replica in (first, second, third):
+        replica.leave()
+    run.join()
+
+
+def test_weights_that_are_not_finite_are_refused_before_the_first_pass(serve: Serve) -> None:
+    run = serve(terms(ob.methods.ASGD(lr=0.1)))
+    model = net()
+    replica = ob.Replica(model, place=run.place(0))
+    fill(model, float("nan"))
+    with pytest.raises(ValueError, match="weights that the worker's script has set are not finite"):
+        begin(replica)
+    fill(model, 1.0)
+    begin(replica)
+    replica.leave()
+
+
+def test_a_peer_that_comes_late_puts_aside_what_its_script_loads(
+    runs: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a worker does that was started again with a checkpoint which the run has left behind."""
+    run = runs(ob.methods.LocalSGD(ob.Local(ob.SGD(0.1)), period=1), 2, None)
+    models = [net(), net()]
+    first = ob.Replica(models[0], run.method, place=replace(run.place, worker=0))
+    fill(models[0], 7.0)
+    begin(first)
+    told = threading.Event()
+
+    def live() -> None:
+        while not told.is_set():
+            stay(models[0])
+            first.step()
+        first.leave()
+
+    run.script(live)
+    second = ob.Replica(models[1], run.method, place=replace(run.place, worker=1))
+    fill(models[1], 3.0)
+    begin(second)
+    assert "the weights that worker 1's script has loaded are put aside" in capfd.readouterr().err
+    told.set()
+    second.leave()
+    run.end()
+    for model in models:
+        torch.testing.assert_close(vector(model), torch.full_like(vector(model), 7.0))
 
 
 def test_peers_average_what_their_scripts_have_set(runs: Callable[..., Run]) -> None:

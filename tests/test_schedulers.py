@@ -99,6 +99,30 @@ def test_after_passes_it_goes_by_passes(serve: Serve) -> None:
     leave(run, a, b)
 
 
+def test_an_epoch_begins_with_its_scheduler_in_place(serve: Serve) -> None:
+    """Also for one that comes late, and for a script that goes on from its own checkpoint."""
+    run = serve(terms())
+    a, b = crew(run)
+    first, second = (schedulers.ExponentialLR(r, 0.5) for r in (a, b))
+    seen = []
+    for epoch in a.epochs(2, 4, scheduler=first):
+        seen.append(epoch)
+        assert a.param_groups[0]["lr"] == pytest.approx(SGD.lr * 0.5**epoch)
+        for batch in a.shard(loader()):
+            step(a, batch[0])
+        first.step()
+    assert seen == [2, 3]
+    for epoch in b.epochs(2, 5, scheduler=second):  # of epoch 3 something is kept for it
+        seen.append(epoch)
+        assert second.last_epoch == epoch
+        for batch in b.shard(loader()):
+            step(b, batch[0])
+    assert seen == [2, 3, 3, 4]
+    leave(run, a, b)
+    with pytest.raises(ValueError, match="must go up by one"):
+        next(a.epochs(4, 2, -1))
+
+
 class Endless(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         return iter(torch.arange(float(N))[:, None, None])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -202,12 +203,19 @@ class Passes:
             raise ValueError(f"shard: epoch = {epoch!r}: it must be a whole number from 0 on")
         return Shard(self, data, epoch)
 
-    def epochs(self, count: int) -> Iterator[int]:
-        first = int(self.ask({"epoch": True})["epoch"])
-        if first:
+    def epochs(self, epochs: range, scheduler: Any = None) -> Iterator[int]:
+        if epochs.step != 1 or epochs.start < 0:
+            raise ValueError(f"epochs: {epochs} must go up by one, from 0 or more")
+        self.replica._start()
+        first = max(int(self.ask({"epoch": True})["epoch"]), epochs.start)
+        if first > epochs.start:
             self.say("epoch", f"the run is at epoch {first}, and this worker begins there")
         try:
-            for self.now in range(first, count):
+            for self.now in range(first, epochs.stop):
+                with warnings.catch_warnings():  # torch's, that no step was taken so far: by others it was
+                    warnings.filterwarnings("ignore", "Detected call of")
+                    while scheduler is not None and scheduler.last_epoch < self.now:
+                        scheduler.step()
                 yield self.now
         finally:
             self.now = None
@@ -251,6 +259,7 @@ class Passes:
         member = replica._member
         member.check()
         member.unfinished = True
+        replica._start()
         replica._own()
         self.running += 1
         try:

@@ -1174,6 +1174,11 @@ class Peer(Driver):
     def free_to_wait(self) -> bool:
         return not self.rounds
 
+    def begin_at(self, x: Tensor) -> bool:
+        return (
+            self.node.step > 0
+        )  # it has the run's model, which has gone on; else each begins where its script has set it
+
     def master(self) -> Tensor:
         with self.monitor:
             x: Tensor = self.method.params(self.node.state)

@@ -164,6 +164,7 @@ class Replica(Optimizer):
                 seed_streams(terms.seed, terms.worker, terms.step, self.team.rank)
             self._memory: Tensor | None = None  # where gradients are put together, if they may be used up there
             self._life = 0  # of the worker, whose parameters the model holds
+            self._fresh = True  # whether it has taken no step
             self._shown = False  # whether the model holds the shipped parameters instead
             self._take()
         except BaseException:
@@ -291,6 +292,7 @@ class Replica(Optimizer):
     def _advance(self, g: Tensor, loss: Loss | None) -> None:
         """Hand the worker the gradient ``g`` [d], and take the next parameters."""
         number = float("nan") if loss is None else float(torch.as_tensor(loss).detach())
+        self._fresh = False
         with self._member.turn():
             self.worker.step(g, number)
             self._member.stepped()
@@ -332,13 +334,13 @@ class Replica(Optimizer):
         """
         return self.passes.shard(loader, epoch)
 
-    def epochs(self, count: int) -> Iterator[int]:
-        """The epochs from where the run is to ``count``, not included: ``for epoch in replica.epochs(20)``.
+    def epochs(self, *bounds: int, scheduler: Any = None) -> Iterator[int]:
+        """The epochs from where the run is: ``for epoch in replica.epochs(20)``, or ``epochs(start, 20)`` as of ``range``.
 
         Passes of `shard` inside of the loop, one or several, belong to its epoch. A worker that was started again, or comes late,
-        so begins where the others are.
+        so begins where the others are; ``scheduler``, one of torch that is stepped once an epoch, is brought there as well.
         """
-        return self.passes.epochs(count)
+        return self.passes.epochs(range(*bounds), scheduler)
 
     def steps(self, count: int) -> Shard[int]:
         """The numbers 0, ..., ``count`` - 1, each to one worker: for scripts that make their minibatches themselves, as of random
@@ -416,6 +418,22 @@ class Replica(Optimizer):
         self._shown = True
         for statistics in self._statistics if moved else ():
             statistics.take(lambda count: -self.team.highest(-count))
+
+    def _start(self) -> None:
+        """Where the script has set weights before its first step, as from a checkpoint, the run begins there if it can."""
+        if not (self._fresh and self.flat.touched()):
+            return
+        with self._member.turn():
+            held, x = self.flat.held, self.flat.read()
+            if not self.worker.begin_at(x):
+                self.flat.held = held
+                self._notice()
+                return
+            if not torch.equal(self.worker.master(), x):
+                _say(
+                    f"the weights that worker {self.id}'s script has loaded are put aside: the run has begun, and its are taken"
+                )
+            self._take()
 
     def _own(self) -> None:
         """Put the worker's parameters into the model, where it holds others."""

@@ -116,7 +116,8 @@ class RunServer(Host):
     def _serve(self, session: Visitor) -> bool:
         """Serve a worker until it leaves; True where it says so itself."""
         self._answer(session, *session.outbox.get(), {"leases": []})
-        due = {Kind.PUSH: session.push.bytes, Kind.LEAVE: 0, Kind.MASTER: 0, Kind.HELLO: 0, Kind.SHARED: 0}
+        due = {Kind.PUSH: session.push.bytes, Kind.MODEL: self._model.bytes}
+        due |= {Kind.LEAVE: 0, Kind.MASTER: 0, Kind.HELLO: 0, Kind.SHARED: 0}
         while True:
             frame = session.link.recv(due, "its next message", lent=due)
             self._check(session, frame.header)
@@ -129,6 +130,10 @@ class RunServer(Host):
                 return True
             if frame.header.kind == Kind.SHARED:
                 self.kept.take(session.link, note)
+                continue
+            if frame.header.kind == Kind.MODEL:
+                self._begin_at(session, self._model.unpack(frame.payload))
+                self._answer(session, *session.outbox.get(), {"leases": []})
                 continue
             if frame.header.kind == Kind.MASTER:
                 if session.point is not None:
@@ -151,6 +156,26 @@ class RunServer(Host):
                 return False
             self._answer(session, *reply, leases)
             del message, reply  # whose memory would else be kept until the next ones are there
+
+    def _begin_at(self, session: Visitor, x: Tensor) -> None:
+        """A worker's script has set weights ``x`` [d] before its first step. They are where the run begins if no gradient was taken
+        in it: workers that have begun elsewhere join again. Either way the worker gets a first reply."""
+        with self.lock:
+            server, worker = self.server, session.worker
+            assert server is not None
+            if self.steps.get(worker, 0) == server.version == 0 and not torch.equal(x, server.x()):
+                if not finite(x):
+                    raise Refused("the weights that the worker's script has set are not finite: look at what it loads")
+                self.say(f"worker {worker} has loaded weights before the run's first gradient; the run begins there")
+                for other in list(self.sessions.values()):
+                    if other is not session:
+                        other.link.hang_up()
+                        self._gone(other, False)
+                self._begin(x.clone())
+            else:
+                self._part(session, True)
+            assert self.server is not None
+            session.outbox.put((self.server.version, self.server.join(worker)))
 
     def _check(self, session: Visitor, header: Header) -> None:
         """`Corrupt` unless the header is of this life of this worker, and next in order."""

@@ -82,6 +82,10 @@ class Exchange(Protocol):
         """The model that would be shipped now. [d]"""
         ...
 
+    def start(self, x: Tensor) -> Message | None:
+        """Begin the run at ``x`` [d], unless a gradient was taken in it; the first reply, or None where that cannot be."""
+        return None
+
     def room(self) -> Tensor | None:
         """Where a gradient may be made so that it need not be copied: see `Driver.room`."""
         return None
@@ -106,7 +110,6 @@ class Alone(Exchange):
         return Terms(0, self.method, 0, 1, self.server.version, self.server.join(0))
 
     def start(self, x: Tensor) -> Message:
-        """Begin the run anew at ``x`` [d]; the first reply."""
         self.server = Server.start(self.method, x)
         return self.server.join(0)
 
@@ -342,6 +345,17 @@ class Remote(Exchange):
                 parts.append(form.unpack(frame.payload, self.x0.device))
         return torch.cat(parts)
 
+    def start(self, x: Tensor) -> Message | None:
+        shard, *others = self.shards
+        if others:  # which may not have begun, or have, each by itself
+            return None
+        with self._mending():
+            form = Form.of(x)
+            shard.link.send(shard.head._replace(kind=Kind.MODEL), form.pack(x))
+            frame = self._hear(shard, {Kind.REPLY: shard.reply.bytes}, "the first reply")
+            shard.head = shard.head._replace(version=frame.header.version)
+            return shard.reply.unpack(frame.payload, self.x0.device)
+
     def room(self) -> Tensor | None:
         shard, *others = self.shards
         like, room = shard.push.like, shard.link.room(shard.push.bytes)
@@ -554,6 +568,11 @@ class Driver(ABC):
         self.request = self.request._replace(x=method.params(state))
         return True
 
+    def begin_at(self, x: Tensor) -> bool:
+        """The script has set the model to ``x`` [d] before its first step: the run begins there, or where it has begun this worker
+        goes on from the run's model. False where weights are each worker's own, or cannot be set."""
+        return False
+
     @abstractmethod
     def more(self, note: dict[str, Any]) -> dict[str, Any]:
         """A word about minibatches, and the answer: see `Leases.hear`."""
@@ -623,6 +642,12 @@ class Worker(Driver):
             return False  # weights to start with are the run's, and others have got the server's already
         self._set_out(self.exchange.start(x))
         return True
+
+    def begin_at(self, x: Tensor) -> bool:
+        reply = self._again(lambda: self.exchange.start(x))
+        if reply is not None:
+            self._set_out(reply)
+        return reply is not None
 
     @staticmethod
     def _gradient(request: Any) -> Gradient:
