@@ -15,7 +15,7 @@ parser.add_argument("--epochs", type=int, default=12)
 parser.add_argument("-b", "--batch-size", type=int, default=32)
 parser.add_argument("--lr", type=float, default=0.05)
 parser.add_argument("--momentum", type=float, default=0.9)
-parser.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, default=1e-4)
+parser.add_argument("--wd", "--weight-decay", dest="wd", type=float, default=1e-4)
 parser.add_argument("--resume", default="", help="a checkpoint to go on from")
 parser.add_argument("-e", "--evaluate", action="store_true", help="evaluate the checkpoint only")
 parser.add_argument("--folder", default=".", help="where checkpoints go")
@@ -101,7 +101,7 @@ def main() -> None:
     model = ResNet()
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True
+        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd, nesterov=True
     )
     scheduler = MultiStepLR(optimizer, milestones=[args.epochs // 2, args.epochs * 3 // 4], gamma=0.1)
     start_epoch, best_acc1 = 0, 0.0
