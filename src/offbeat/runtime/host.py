@@ -31,10 +31,11 @@ from ..core.values import require, require_count
 from ..engines.simulator import messages
 from ..trace import Evaluation, Event, Incident, Load, Note
 from . import layout, snapshot
+from .buffers import Meeting
 from .evaluation import Evaluator
 from .journal import Journal, Unwritten, beyond, whole
 from .leases import Lease, Leases, leases_in, remedy
-from .link import Link, LinkLost, accept, listen
+from .link import Frame, Link, LinkLost, accept, listen
 from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .meter import Meter, load
 from .shared_state import Kept, Told
@@ -167,6 +168,7 @@ class Host(ABC):
         self.problem = ""
         self.layout: layout.Layout = []
         self.kept = Kept()
+        self.buffers = Meeting()
         self.dtype = torch.float32
         self.parameters = 0
         self.sessions: dict[int, Any] = {}
@@ -467,7 +469,11 @@ class Host(ABC):
         try:
             link = links.enter_context(contextlib.closing(accept(sock, self.token, name, self.terms.timeout)))
             self._known(sock)
-            session = self._welcome(link, links)
+            hello = link.recv({Kind.HELLO: 0, Kind.SHARED: 0}, "its hello")
+            if hello.header.kind == Kind.SHARED:
+                self.buffers.answer(link, hello.note, self.kept.told.entries if self.kept.told else [])
+                return
+            session = self._welcome(link, hello, links)
             orderly = self._serve(session)
         except PermissionError as error:
             self._refuse(f"{error}: no link is made")
@@ -496,9 +502,8 @@ class Host(ABC):
                     if orderly and finished and not self.over():
                         self.save()  # who has finished does not come again, should the server have to
 
-    def _welcome(self, link: Link, links: contextlib.ExitStack) -> Session:
+    def _welcome(self, link: Link, hello: Frame, links: contextlib.ExitStack) -> Session:
         """Agree with a worker on the run, and seat it. ``links`` are closed at its end."""
-        hello = link.recv({Kind.HELLO: 0}, "its hello")
         note = hello.note if isinstance(hello.note, dict) else {}
         worker = -1
         try:
@@ -768,6 +773,8 @@ class Host(ABC):
         lost = 0 if orderly else min(returned, session.begun)
         self._note(Incident(self.seconds, session.worker, "left" if orderly else "crashed", lost))
         self._part(session, orderly)
+        if not orderly:
+            self.buffers.forget(session.worker)
         if orderly:
             self.log.info(f"worker {session.worker} has left")
         else:

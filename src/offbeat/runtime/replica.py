@@ -7,7 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..core.gossip import GossipMethod
 from ..core.method import Method, ServerMethod
 from ..log import WORKER, seen
+from .buffers import RULES, Buffers
 from .edits import OtherSteps, Roster, cannot_follow
 from .exit import Member
 from .host import OtherKind
@@ -94,15 +95,20 @@ class Replica(Optimizer):
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         group: ProcessGroup | None = None,
         place: Place | None = None,
-        buffers: str = "shared",
+        buffers: Literal["fresh", "average", "first", "own"] = "fresh",
     ) -> None:
         """``default`` is the method where neither launcher nor run has another, in the place of ``method``, which must be theirs.
         ``optimizer`` takes the local steps in the place of the method's rule: one of ``torch.optim``, several in a list that each have
         some of the parameters (the first one's rate is that which the method counts with), or an object of your own with
         ``param_groups``, ``state`` and ``step``. ``group`` are the ranks that together are
         this worker, with the model in `DistributedDataParallel` or after ``fully_shard``. ``place`` is where the run is
-        (None: what the environment says). ``buffers`` are "shared": those that the first worker has when it joins go to all, and running
-        statistics of batch norm are taken anew after a pass; or this worker's "own", which are left alone.
+        (None: what the environment says).
+
+        ``buffers`` says what becomes of the model's buffers, such as running statistics. Those of the first worker go to all that
+        join; each worker's change in training; and after each pass of `shard` they are, "fresh": the running statistics of batch
+        norm are taken anew at the shipped parameters, over this worker's last minibatches; "average": the mean of all workers'
+        as each last had them (of floating point; others stay); "first": those of the worker with the lowest number; "own": left
+        alone, from the beginning.
         """
         from ..names import read  # which knows everybody, so not at import
 
@@ -114,15 +120,15 @@ class Replica(Optimizer):
                 f"method = {method!r}, default = {default!r}: give one, or the default if the launcher may name another"
             )
         module = one_module(model, ranks=group is not None)
-        if buffers not in ("shared", "own"):
-            raise ValueError(f'buffers = {buffers!r}: must be "shared" or "own"')
+        if buffers not in ("fresh", *RULES, "own"):
+            raise ValueError(f'buffers = {buffers!r}: must be "fresh", "average", "first" or "own"')
         place = place or Place.read(launchers=group is None)
         if place.method and method is not None and repr(read(place.method)) != repr(method):
             raise ValueError(
                 f"the script says {method!r} and the launcher says {place.method}: name the method in one place, or give it as "
                 "Replica(model, default=...)"
             )
-        self.model, self.flat = module, Parameters(module)
+        self.model, self.flat, self._place = module, Parameters(module), place
         self.team = Team(group, self.flat.whole)
         if group is None and not self.team.whole:
             raise ValueError("the model is sharded: name the process group of its ranks, as in group=dist.group.WORLD")
@@ -141,8 +147,11 @@ class Replica(Optimizer):
         self._roster = Roster(module, self.flat.tensors) if self.flat.whole else None
         own = Several(optimizer) if isinstance(optimizer, Sequence) else optimizer
         self._lending = Lending(own, self.flat, self._others)
-        self._statistics = [Statistics(part, WORKER) for part in called(module)] if buffers == "shared" else []
-        shared = Shared(module, buffers == "shared", self.team.whole) if place.servers else None
+        self._statistics = [Statistics(part, WORKER) for part in called(module)] if buffers == "fresh" else []
+        shared = Shared(module, buffers != "own", self.team.whole) if place.servers else None
+        if buffers in RULES and not self.team.whole:
+            raise ValueError(f'buffers = {buffers!r}: of a sharded model no rank has the whole: take "fresh" or "own"')
+        self._buffers = Buffers(shared, buffers) if shared is not None and buffers in RULES else None
         seen()
         self._member = Member(WORKER)
         try:
@@ -418,6 +427,8 @@ class Replica(Optimizer):
         self._shown = True
         for statistics in self._statistics if moved else ():
             statistics.take(lambda count: -self.team.highest(-count))
+        if self._buffers is not None:
+            self._buffers.meet(self._place, self.id, self.team)
 
     def _start(self) -> None:
         """Where the script has set weights before its first step, as from a checkpoint, the run begins there if it can."""
@@ -430,7 +441,7 @@ class Replica(Optimizer):
                 self._notice()
                 return
             if not torch.equal(self.worker.master(), x):
-                _say(
+                WORKER.warning(
                     f"the weights that worker {self.id}'s script has loaded are put aside: the run has begun, and its are taken"
                 )
             self._take()

@@ -166,7 +166,9 @@ class RunServer(Host):
             if self.steps.get(worker, 0) == server.version == 0 and not torch.equal(x, server.x()):
                 if not finite(x):
                     raise Refused("the weights that the worker's script has set are not finite: look at what it loads")
-                self.say(f"worker {worker} has loaded weights before the run's first gradient; the run begins there")
+                self.log.info(
+                    f"worker {worker} has loaded weights before the run's first gradient; the run begins there"
+                )
                 for other in list(self.sessions.values()):
                     if other is not session:
                         other.link.hang_up()

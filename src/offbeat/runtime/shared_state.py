@@ -7,7 +7,8 @@ script goes on. They are in ``model.pt`` too, so that a module loads it strictly
 - Bytes travel over a link's own socket, whatever way its payloads take: their number does not depend on the model's vector.
 - Above `LIMIT` nothing is brought: what differs is refused by name then, and ``model.pt`` is without them.
 - Where the ranks of a worker have a part of the model each, nothing is brought either, as each rank has another host.
-- Buffers that change in training (running statistics) stay each worker's own; one that leaves brings them for ``model.pt``.
+- Buffers that change in training (running statistics) stay each worker's own, but for what `buffers` makes the same after a pass; one that
+  leaves brings them for ``model.pt``.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class Shared:
     def put(self, k: int, data: Tensor) -> None:
         """Write ``data``, ``uint8 Tensor[bytes]``, over entry ``k``."""
         with torch.no_grad():
-            self._at(k).copy_(_shaped(data, self.entries[k]))
+            self._at(k).copy_(shaped(data, self.entries[k]))
 
     def at(self, k: int) -> Tensor:
         """The bytes of entry ``k``, ``uint8 Tensor[bytes]``, in the memory of this process."""
@@ -251,7 +252,7 @@ class Kept:
         """The module's ``state_dict`` with these trained parameters by their names, as far as it was brought."""
         told = self.told or NOTHING
         data = self.data | self.changed
-        have = {entry.name: _shaped(data[k], entry) for k, entry in enumerate(told.entries) if k in data} | trained
+        have = {entry.name: shaped(data[k], entry) for k, entry in enumerate(told.entries) if k in data} | trained
         keys = told.keys or [(name, name) for name in trained]
         return {key: have[name] for key, name in keys if name in have}
 
@@ -312,5 +313,6 @@ def digest(t: Tensor) -> int:
     return total
 
 
-def _shaped(data: Tensor, entry: StateEntry) -> Tensor:
+def shaped(data: Tensor, entry: StateEntry) -> Tensor:
+    """The bytes ``data``, ``uint8 Tensor[bytes]``, as the tensor that they are of."""
     return data.view(DTYPES[entry.dtype]).view(entry.shape)
