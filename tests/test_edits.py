@@ -279,7 +279,7 @@ def test_weights_that_are_not_finite_are_refused_before_the_first_pass(serve: Se
 
 
 def test_a_peer_that_comes_late_puts_aside_what_its_script_loads(
-    runs: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+    runs: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a worker does that was started again with a checkpoint which the run has left behind."""
     run = runs(ob.methods.LocalSGD(ob.Local(ob.SGD(0.1)), period=1), 2, None)
@@ -299,7 +299,7 @@ def test_a_peer_that_comes_late_puts_aside_what_its_script_loads(
     second = ob.Replica(models[1], run.method, place=replace(run.place, worker=1))
     fill(models[1], 3.0)
     begin(second)
-    assert "the weights that worker 1's script has loaded are put aside" in capfd.readouterr().err
+    assert "the weights that worker 1's script has loaded are put aside" in caplog.text
     told.set()
     second.leave()
     run.end()
