@@ -155,7 +155,7 @@ def test_strangers_get_no_link(serve: Serve) -> None:
 
 def test_strangers_who_say_nothing_are_sent_away(serve: Serve) -> None:
     """So are those who say a byte now and then; meanwhile the good worker goes on."""
-    target = Target(serve, timeout=1.0)
+    target = Target(serve, timeout=5.0)
     silent, slow = [connect(target) for _ in range(40)], [connect(target) for _ in range(4)]
     for byte in GREETING:
         for sock in slow:
