@@ -299,6 +299,34 @@ def test_a_beginning_that_is_slower_is_left_out() -> None:
     assert fit(slow).rate == pytest.approx(fit(trace).rate, rel=0.05)
 
 
+def test_readings_of_a_new_process_are_no_growth_of_the_old_one() -> None:
+    trace = as_real(record(ob.methods.ASGD(0.01), MINE))
+    again, half = Trace(trace.header), trace[-1].seconds / 2
+    for entry in trace.entries():
+        if isinstance(entry, Load) and entry.worker == 1 and entry.seconds > half:
+            entry = entry._replace(processor=entry.processor - half / 4)  # it has begun to count anew
+        again.add(entry) if isinstance(entry, Event) else again.note(entry)
+    mine, other = fit(trace).machines, fit(again).machines
+    assert mine is not None
+    assert other is not None
+    assert other.handling == pytest.approx(mine.handling, rel=0.02)
+    assert other.load == pytest.approx(mine.load, rel=0.02)
+
+
+def test_readings_more_often_than_gradients_lose_nothing() -> None:
+    trace = as_real(record(ob.methods.ASGD(0.01), MINE))
+    often = Trace(trace.header)
+    for entry in trace.entries():
+        if isinstance(entry, Load):
+            often.note(entry._replace(processor=entry.processor - 1e-3))
+        often.add(entry) if isinstance(entry, Event) else often.note(entry)
+    mine, other = fit(trace).machines, fit(often).machines
+    assert mine is not None
+    assert other is not None
+    assert other.others == mine.others == 0
+    assert other.service == pytest.approx(mine.service, rel=0.02)
+
+
 # advice
 
 
@@ -371,7 +399,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CI", "1")
     folder = tmp_path / "run"
     folder.mkdir()
-    record(ob.methods.ASGD(0.01), MINE, 400).write(folder / "trace.jsonl")
+    trace = record(ob.methods.ASGD(0.01), MINE, 400)
+    trace.write(folder / "trace.jsonl")
+    (tmp_path / "own").mkdir()
+    trace.header["method"] = "MyMethod(lr=0.1)"
+    trace.write(tmp_path / "own" / "trace.jsonl")
     return folder
 
 
@@ -405,6 +437,7 @@ def test_advise_says_what_is_computed_and_what_is_a_rule(run: Path, capsys: pyte
         (["predict", "run", "--methods", "dana-zer"], "dana-zero"),
         (["predict", "run", "--preset", "ethernet"], "ethernet-1g"),
         (["advise", "run", "--workers", "0"], "workers"),
+        (["advise", "own"], "--import"),
     ],
 )
 def test_bad_inputs_are_told(run: Path, capsys: pytest.CaptureFixture[str], argv: list[str], names: str) -> None:

@@ -64,7 +64,7 @@ class Predict(Command):
             record = recorded(self.record)
             methods = _methods(record, self.methods)
             folder = writable(self.out or (self.record if self.record.is_dir() else self.record.parent))
-        here = predict(record, "recorded", read(record.method), record.workers)
+            here = predict(record, "recorded", _recorded_method(record), record.workers)
         predictions, failed = [], []
         for name, method in methods.items():
             for n in dict.fromkeys(self.workers):
@@ -112,7 +112,7 @@ class Advise(Command):
             load(self.imports)
             place = preset_of(self.preset)
             record = recorded(self.record)
-            here = predict(record, "recorded", read(record.method), record.workers)
+            here = predict(record, "recorded", _recorded_method(record), record.workers)
         out.print(_about(record, here), soft_wrap=True)
         workers = self.workers or record.workers
         where = f" on {self.preset}" if self.preset else ""
@@ -152,11 +152,21 @@ def preset_of(name: str | None) -> Callable[..., Cluster] | None:
     return PRESETS[name] if name else None
 
 
+def _recorded_method(record: Fit) -> Method:
+    try:
+        method = read(record.method)
+    except ValueError as error:
+        raise ValueError(f"{error}; name the module of a method of your own with --import") from None
+    if not isinstance(method, Method):
+        raise ValueError(f"the record's method is {record.method[:200]!r}, which is none")
+    return method
+
+
 def _methods(record: Fit, said: Sequence[str]) -> dict[str, Method]:
     """The methods by what they are called: those that are said, or the recorded one and one of each other kind."""
     if said:
         return {text: method_of(text) for text in said}
-    own = read(record.method)
+    own = _recorded_method(record)
     return {type(own).name: own} | {name: method_of(name) for name in KINDS if name != type(own).name}
 
 

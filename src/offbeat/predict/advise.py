@@ -28,7 +28,8 @@ class Candidate:
     stale: int
     """How far its gradients are from those of one worker with a larger minibatch; 0: not at all. It orders methods alike in speed."""
     held: float
-    """The highest mean lag at which it has trained in docs/results.md, in updates; infinite where lag means nothing for it."""
+    """The highest mean lag at which it, or what it is made of, has trained in docs/results.md, in updates; infinite where lag means
+    nothing for it."""
     rule: str
     """A rule of thumb of how it learns."""
 

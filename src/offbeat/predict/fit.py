@@ -127,8 +127,8 @@ def fit(trace: Trace, shards: Sequence[Trace] = ()) -> Fit:
     message = float(sent[sent > 0].mean()) if exchanges and bool((sent > 0).any()) else 0.0
     waited = trace.column("waited")[inside].clamp(min=0)
     of = max(1, int(trace.header.get("shard", [0, 1])[1]))
-    loads = _Loads([x for x in trace.loads if any(a <= x.seconds <= b for a, b in windows)])
-    hosts = [_Loads([x for x in other.loads if x.seconds > windows[0][0]]) for other in shards]
+    loads = _Loads(trace.loads, windows)
+    hosts = [_Loads(other.loads, windows) for other in shards]
     machines, factors = _machines(loads, hosts, {w: float(s.mean()) for w, s in seconds.items()}, exchanges, trace)
     if machines is None and real:
         notes.append(
@@ -209,15 +209,18 @@ def _firsts(steps: Sequence[Incident]) -> list[Incident]:
 class _Loads:
     """What processes have had, per node: differences of readings that follow each other in one process."""
 
-    def __init__(self, loads: Sequence[Load]) -> None:
-        of: dict[int, list[Load]] = defaultdict(list)
-        for load in loads:
-            of[load.worker].append(load)
-        self.pairs: dict[int, list[tuple[Load, Load]]] = {}
-        for node, each in of.items():
-            pairs = [(a, b) for a, b in pairwise(each) if b.gradients > a.gradients and b.processor >= a.processor]
-            if pairs:
-                self.pairs[node] = pairs
+    def __init__(self, loads: Sequence[Load], windows: Sequence[tuple[float, float]]) -> None:
+        self.pairs: dict[int, list[tuple[Load, Load]]] = defaultdict(list)
+        for begin, end in windows:
+            last: dict[int, Load] = {}
+            for load in loads:
+                if begin <= load.seconds <= end:
+                    before = last.get(load.worker, load)
+                    grown = load.gradients > before.gradients
+                    if grown and load.processor >= before.processor:
+                        self.pairs[load.worker].append((before, load))
+                    if grown or load.worker not in last or load.processor < before.processor:
+                        last[load.worker] = load
 
     def per_gradient(self, node: int, name: str) -> float:
         """The median over time of one quantity per gradient; 0 where it is not known."""

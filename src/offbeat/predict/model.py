@@ -131,9 +131,12 @@ def _limit(simulation: Simulation, cluster: Cluster, method: Method) -> str:
     wire = waiting * min(
         1.0, transit * (2 if server else 1) / waited
     )  # a server's reply is as long on the way as the message
-    if wire > max(serving, waiting / 2):
-        return "the wire"
-    if serving > waiting / 2:
-        return "the server's processor"
+    served = serving / cluster.workers
     waits = not server or (isinstance(method, ServerMethod) and method.gated)
-    return "the slowest worker" if waits else "the server's queue"
+    rest = waiting - wire - served
+    parts = {
+        "the wire": wire,
+        "the server's processor": served,
+        "the slowest worker" if waits else "the server's queue": rest,
+    }
+    return max(parts, key=lambda name: parts[name])

@@ -35,8 +35,8 @@ def _picture(fit: Fit, predictions: Sequence[Prediction], theme: Theme) -> Any:
     top = 2 * max(fit.rate, *(p.rate for p in predictions))
     each = fit.rate / fit.workers
     last = min(workers[-1], top / each)
-    rates.plot([workers[0], last], [each * workers[0], each * last], color=theme.faint, ls=":", lw=1.2)
-    rates.annotate("in proportion", (last, each * last), color=theme.faint, ha="right", va="bottom", fontsize=9)
+    line = [each * workers[0], each * last]
+    rates.plot([workers[0], last], line, color=theme.faint, ls=":", lw=1.2, label="in proportion to the record")
     for axes, measured in ((rates, fit.rate), (waits, 100 * fit.waiting)):
         axes.plot(fit.workers, measured, "*", color=theme.ink, ms=13, zorder=5, label="recorded")
         axes.set_xscale("log", base=2)
