@@ -28,6 +28,8 @@ ARROWS: dict[str, tuple[set[str], set[str] | None]] = {
     "failure": ({"trace"}, {"torch"}),
     "cpus": (set(), set()),
     "log": (set(), set()),
+    "watch": ({"log", "plain", "tracking", "watch"}, set()),
+    "tracking": ({"log", "tracking", "watch"}, {"mlflow", "torch", "wandb"}),
     "engines": ({"core", "engines", "trace", "failure", "__version__"}, {"torch"}),
     "runtime": (
         {

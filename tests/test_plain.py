@@ -24,7 +24,9 @@ STATUS = {
     "ending": "",
     "seconds": 1.5,
     "gradients": 3,
+    "minibatches": 3,
     "total": None,
+    "launched": 2,
     "refused": 0,
     "workers": [
         {
@@ -78,9 +80,9 @@ def test_a_servers_status_is_json_that_the_launcher_reads(
         False,
     ]
     monkeypatch.setenv("CI", "1")
-    with board(None) as tell:
+    with board() as tell:
         tell(status)
-    assert "3 gradients, 0/s, 1 workers" in capsys.readouterr().err
+    assert "3 gradients, 0/s, 1 of 2 workers" in capsys.readouterr().err
 
 
 def test_nothing_else_writes_json() -> None:

@@ -54,6 +54,11 @@ COMMANDS = {
         "Work",
         "Be a worker of a run: offbeat worker --server HOST:PORT SCRIPT [ARGUMENTS], or -m MODULE, or without either of a task.",
     ),
+    "attach": Entry(
+        "attach",
+        "Attach",
+        "Watch a run that goes on, or is over, from its folder: in the terminal, as a page, in a tracker. The run does not notice.",
+    ),
     "replay": Entry(
         "simulate",
         "Replay",

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,8 +112,20 @@ def watching(tell: Tell) -> Callable[[Event], None]:
     return watch
 
 
+def headline(status: dict[str, Any]) -> str:
+    """A run's status in a line: what is done of what there is, how fast, how long it will take, and by how many workers."""
+    done, total, alive = status["minibatches"], status["total"], len(status["workers"])
+    rate = sum(w["rate"] for w in status["workers"] if w["rate"] == w["rate"])
+    parts = [f"{done:,} of {total:,} minibatches" if total else f"{status['gradients']:,} gradients", f"{rate:,.3g}/s"]
+    if total and rate and done < total:
+        ahead = (total - done) / (rate * max(1.0, done / max(1, status["gradients"])))
+        parts.append(f"{timedelta(seconds=round(ahead))} left")
+    parts.append(f"{alive} of {max(alive, status['launched'])} workers")
+    return ", ".join(parts + ([status["ending"]] if status["ending"] else []))
+
+
 @contextmanager
-def board(total: int | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+def board() -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function to call with a run's status: a live table, or lines where there is no terminal."""
     from ..experiment import show  # brings torch
 
@@ -123,9 +136,7 @@ def board(total: int | None) -> Iterator[Callable[[dict[str, Any]], None]]:
             nonlocal due
             if time.monotonic() >= due:
                 due = time.monotonic() + 5
-                rate = sum(w["rate"] for w in status["workers"] if w["rate"] == w["rate"])
-                of = f" of {total:,}" if total else ""
-                err.print(f"{status['gradients']:,}{of} gradients, {rate:,.0f}/s, {len(status['workers'])} workers")
+                err.print(headline(status))
 
         yield line
         return
@@ -135,8 +146,8 @@ def board(total: int | None) -> Iterator[Callable[[dict[str, Any]], None]]:
             titles = ["worker", "life", "gradients", "per second", "lag", "gap", "loss", "last seen, s"]
             names = ("worker", "life", "gradients", "rate", "lag", "gap", "loss", "seen")
             lines = [[show(name, float(w[name])) for name in names] for w in status["workers"]]
-            of = f" of {total:,}" if total else ""
-            head = f"{status['gradients']:,}{of} gradients, {status['seconds']:,.0f} s, {status['refused']} refused"
+            refused = f", {status['refused']} refused" if status["refused"] else ""
+            head = f"{headline(status)}, {timedelta(seconds=round(status['seconds']))} so far{refused}"
             live.update(Group(head, table(titles, lines)), refresh=True)
 
         yield draw

@@ -23,6 +23,7 @@ from ..figures import entries
 from ..log import Lines, lines_to
 from ..plain import dumps
 from ..trace import Trace
+from ..watch.beside import check
 from .command import FAILED, INTERRUPTED, PARTLY, Command, told, writable
 from .display import board, command_line, err, out, page, shown, table
 from .flags import ModuleNames, TaskName, load, method_of, said_in, task_class, words_of
@@ -67,6 +68,10 @@ class Launch(Command):
     """Seconds between two snapshots."""
     evaluations: int = 20
     """How often the model of a task that would be shipped is evaluated, evenly over the gradients."""
+    page: Annotated[str | None, arg(metavar="[HOST:]PORT", help_behavior_hint="(default: none)")] = None
+    """Serve a live page of the run, and metrics, at this port of this machine (0: any that is free); beyond it with OFFBEAT_TOKEN set."""
+    track: Annotated[tuple[str, ...], arg(metavar="TRACKER [TRACKER ...]")] = ()
+    """Where figures go, any of csv, tensorboard, wandb, mlflow, or MODULE:CLASS of your own."""
     show: str = "0"
     """Whose lines are shown here: those of the script of a worker, by its number, of "all", or of "none"; all are in the logs."""
     resume: bool = False
@@ -112,13 +117,14 @@ class Launch(Command):
         gradients = self.gradients if self.gradients or self.script else 4000
         with told():
             server, worker, variables = self._commands(gradients)
+            watched = check(self.page, self.track, os.environ.get("OFFBEAT_TOKEN", ""))
             default = Path("runs") / "launch"
             folder, held = claim(self.out, default, "launch", writable, self.resume)
         if self.out is None and folder != default:
             which = "the last one" if self.resume else "those before hold earlier runs"
             err.print(f"offbeat: the run's folder is {shown(folder)}: {which}")
         before = _length(folder) if self.resume else 0
-        with held, board(gradients) as tell:
+        with held, watched(folder) as pass_on, board() as tell:
             processes = Processes(
                 folder,
                 server,
@@ -129,7 +135,7 @@ class Launch(Command):
                 self.ranks,
                 environment=variables,
                 resume=self.resume,
-                watch=tell,
+                watch=lambda status: (tell(status), pass_on())[0],
                 hear=self._shows,
             )
             end = processes.run()

@@ -22,6 +22,8 @@ from ..failure import Failure
 from ..log import SERVER, STAMPED, WORKER, Lines, lines_to
 from ..names import read
 from ..plain import dumps
+from ..watch import status
+from ..watch.beside import check
 from .command import FAILED, Command, Refused, told, writable
 from .display import board, err, shown
 from .flags import ModuleNames, load, method_of
@@ -62,6 +64,10 @@ class Serve(Command):
     """Go on from the newest whole snapshot in --out, if there is one; all workers are started anew."""
     again: bool = False
     """The same where this server alone has ended: workers dial again, and those that have ended their loops are not waited for."""
+    page: Annotated[str | None, arg(metavar="[HOST:]PORT", help_behavior_hint="(default: none)")] = None
+    """Serve a live page of the run, and metrics, at this port of this machine (0: any that is free); beyond it with OFFBEAT_TOKEN set."""
+    track: Annotated[tuple[str, ...], arg(metavar="TRACKER [TRACKER ...]")] = ()
+    """Where figures go, any of csv, tensorboard, wandb, mlflow, or MODULE:CLASS of your own."""
     status: bool = False
     """Write status as JSON lines to the standard output instead of a table."""
     imports: ModuleNames = ()
@@ -98,24 +104,25 @@ class Serve(Command):
             if self.resume or self.again:
                 terms = resumed(terms, folder, _read, SERVER)
             token = os.environ.get("OFFBEAT_TOKEN", "")
+            watched = check(self.page, self.track, token)
             server = host_for(terms)(terms, token, folder, _read, SERVER, self.host, self.port)
             if self.resume or self.again:
                 _go_on(server, folder, self.again)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         address = f"{self.host}:{server.port}"
-        with contextlib.nullcontext(_lines) if self.status else board(self.gradients) as tell:
+        with contextlib.nullcontext(_lines) if self.status else board() as tell, watched(folder) as pass_on:
             if self.status:
                 print(dumps({"address": address, "over": server.over()}), flush=True)
             else:
                 err.print(f"offbeat: workers may join with OFFBEAT_SERVER={address}")
-            well = server.run(_watch(server, tell), self.evaluations)
+            well = server.run(_watch(server, tell, pass_on), self.evaluations)
             # the first worker may have named a method of the other kind, and will be back
             if server.other is not None and not server.told:
                 terms = replace(terms, method=server.other.method)
                 server = host_for(terms)(terms, token, folder, _read, SERVER, self.host, server.port)
-                well = server.run(_watch(server, tell), self.evaluations)
-            _watch(server, tell)()  # the last word, by which a launcher knows who had left
+                well = server.run(_watch(server, tell, pass_on), self.evaluations)
+            _watch(server, tell, over=True)()  # the last word, by which a launcher knows who had left
         held.close()
         for number in (signal.SIGTERM, signal.SIGINT):  # all is written; Python undoes handlers before it ends
             signal.signal(number, signal.SIG_IGN)
@@ -175,8 +182,11 @@ class Work(Command):
         return 0
 
 
-def _watch(server: Host, tell: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
-    """What the server calls some times a second: it tells its status about once a second, and at once who comes and goes."""
+def _watch(
+    server: Host, tell: Callable[[dict[str, Any]], None], pass_on: Callable[[], None] = lambda: None, over: bool = False
+) -> Callable[[], None]:
+    """What the server calls some times a second: it tells its status about once a second, and at once who comes and goes; and writes it
+    for those that watch the folder."""
     last = 0.0
     there: Any = None
 
@@ -187,8 +197,12 @@ def _watch(server: Host, tell: Callable[[dict[str, Any]], None]) -> Callable[[],
         if there == before and time.monotonic() - last < 1.0:
             return
         last = time.monotonic()
+        pass_on()
         try:
-            tell(server.status())
+            current = server.status()
+            with contextlib.suppress(OSError):  # a full disk has no room for it
+                status.write(server.folder, {**current, "over": over})
+            tell(current)
         except BrokenPipeError:  # the launcher is dead
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             server.stop()

@@ -421,7 +421,9 @@ class Host(ABC):
             return {
                 "seconds": self.seconds,
                 "gradients": done,
-                "total": self.terms.gradients,
+                "minibatches": self.leases.done,
+                "total": self.leases.expected,
+                "launched": self.terms.workers,
                 "refused": self.refused,
                 "workers": workers,
                 "lives": dict(self.lives),

@@ -126,6 +126,8 @@ class Leases:
 
     def __init__(self, total: int | None = None) -> None:
         self.total, self.done, self.out = total, 0, 0
+        self.epochs: int | None = None  # that the scripts make, as far as a worker has said so
+        self.lengths: dict[int, int] = {}  # minibatches in the last pass of each series of an epoch
         self.passes: dict[Key, Pass] = {}
         self.first: dict[int, int] = {}  # all passes of a series before this one are over
         self.over: dict[int, set[int]] = {}  # others that are
@@ -159,6 +161,8 @@ class Leases:
             there = self.passes.get(key)
             if there is None:
                 self.passes[key] = Pass(opening.length, opening.order)
+                if opening.length is not None and series >= 0:
+                    self.lengths[series] = opening.length
                 self._forget(series, number)
             elif (there.length, there.order) != (opening.length, opening.order):
                 raise ValueError(_differs(opening, there))
@@ -259,6 +263,12 @@ class Leases:
         last = max(there | over, default=-1)
         return last if last in there else last + 1
 
+    @property
+    def expected(self) -> int | None:
+        """How many minibatches the whole run uses, as far as that is known: all of ``total``, or of the epochs."""
+        epochs = None if self.epochs is None or not self.lengths else self.epochs * sum(self.lengths.values())
+        return min((n for n in (self.total, epochs) if n is not None), default=None)
+
     # what is said over links, and kept
 
     def hear(self, worker: int, note: dict[str, Any]) -> dict[str, Any]:
@@ -276,6 +286,8 @@ class Leases:
                 raise ValueError(f"a pass of {str(end)[:100]} minibatches")
             self.end(self.at[worker].key, end)
         if note.get("epoch"):
+            if type(epochs := note.get("of")) is int and epochs > 0:
+                self.epochs = max(epochs, self.epochs or 0)  # a script that goes on by its own checkpoint makes fewer
             return {"epoch": self.epoch()}
         want = want if type(want) is int and 0 <= want <= 10_000 else 1
         grant = self.take(worker, want, note.get("fed") is not False, bool(note.get("own")))

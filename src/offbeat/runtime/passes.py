@@ -207,7 +207,7 @@ class Passes:
         if epochs.step != 1 or epochs.start < 0:
             raise ValueError(f"epochs: {epochs} must go up by one, from 0 or more")
         self.replica._start()
-        first = max(int(self.ask({"epoch": True})["epoch"]), epochs.start)
+        first = max(int(self.ask({"epoch": True, "of": len(epochs)})["epoch"]), epochs.start)
         if first > epochs.start:
             self.say("epoch", f"the run is at epoch {first}, and this worker begins there")
         try:
