@@ -279,3 +279,29 @@ def test_each_minibatch_of_each_pass_counts_once(seed: int) -> None:
 @settings(max_examples=50, deadline=None)
 def test_where_passes_are_broken_off_none_counts_twice(seed: int) -> None:
     assert set(schedule(seed, 1.0).values()) == {1}
+
+
+def test_how_many_minibatches_a_run_will_use_is_known_with_its_epochs() -> None:
+    """All passes of an epoch together; of passes without epochs it is not known, nor of one that has no length."""
+    leases = Leases()
+    leases.join(0)
+    assert leases.expected is None
+    leases.hear(0, {"epoch": True, "of": 3})
+    assert leases.expected is None
+    leases.open(0, Opening(0, 0, 10, "order"))
+    assert leases.expected == 30
+    leases.open(0, Opening(1, 0, 4, "order"))
+    assert leases.expected == 42
+    leases.hear(0, {"epoch": True, "of": 5})  # of a run that goes on for longer
+    assert leases.expected == 70
+    for bad in (0, -1, "9", None, True, 2.5):
+        leases.hear(0, {"epoch": True, "of": bad})
+    assert leases.expected == 70
+    bounded, counted = Leases(25), Leases()
+    for one in (bounded, counted):
+        one.join(0)
+        one.open(0, Opening(-1, 0, 10, "order"))
+    assert (bounded.expected, counted.expected) == (25, None)
+    bounded.hear(0, {"epoch": True, "of": 3})
+    bounded.open(0, Opening(0, 0, 10, "order"))
+    assert bounded.expected == 25

@@ -59,6 +59,8 @@ def test_a_workers_death_is_seen_on_the_page(processes: Processes, tmp_path: Pat
         until(
             lambda: browser.ask(PATHS) == {"chart-loss": 1, "chart-rate": 4, "chart-lag": 4, "chart-gap": 4}, "curves"
         )
+        titles = browser.ask("[...document.querySelectorAll('#charts h2')].map(title => title.textContent)")
+        assert titles[1] == "Gradients per second each worker"
         os.kill(number_of(2, process.pid), signal.SIGKILL)
         until(lambda: "worker 2 is lost" in browser.ask("document.getElementById('happened').textContent"), "the loss")
         until(

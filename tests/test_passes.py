@@ -188,6 +188,7 @@ def test_a_worker_that_comes_late_begins_where_the_run_is(serve: Serve) -> None:
         batches = walk(a, a.shard(loader()))
         seen = list(batches) if epoch < 2 else list(itertools.islice(batches, 5))
         assert list(a.shard(loader(3, shuffle=False), epoch=epoch))  # a second pass of the same epoch
+    assert run.server.status()["total"] == 5 * (len(loader()) + len(loader(3)))
     a.leave(done=False)
     b = ob.Replica(nn.Linear(1, 1), place=run.place(1))
     for epoch in b.epochs(5):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import offbeat
-from offbeat.cli.display import board
+from offbeat.cli.display import board, headline
 from offbeat.cli.run import _lines
 from offbeat.plain import dumps, numbers
 from offbeat.runtime.launch import Launch
@@ -83,6 +83,18 @@ def test_a_servers_status_is_json_that_the_launcher_reads(
     with board() as tell:
         tell(status)
     assert "3 gradients, 0/s, 1 of 2 workers" in capsys.readouterr().err
+
+
+def test_the_headline_of_a_run() -> None:
+    """What is done of the total, how fast, how long it will take, who is there, and what is waited for at the end."""
+    workers = [{"rate": 10.0}, {"rate": math.nan}]
+    status = STATUS | {"minibatches": 200, "gradients": 200, "total": 1400, "workers": workers, "launched": 4}
+    assert headline(status) == "200 of 1,400 minibatches, 10/s, 0:02:00 left, 2 of 4 workers"
+    assert headline(status | {"minibatches": 400}) == "400 of 1,400 minibatches, 10/s, 0:00:50 left, 2 of 4 workers"
+    assert headline(status | {"minibatches": 1400}) == "1,400 of 1,400 minibatches, 10/s, 2 of 4 workers"
+    assert headline(status | {"total": None, "ending": "the model is evaluated"}) == (
+        "200 gradients, 10/s, 2 of 4 workers, the model is evaluated"
+    )
 
 
 def test_nothing_else_writes_json() -> None:

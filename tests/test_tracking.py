@@ -103,12 +103,12 @@ def test_rows_are_means_of_the_gradients_between_them() -> None:
 
 def test_rows_go_on_where_the_trace_begins_anew() -> None:
     """A server goes on from a snapshot: what it has lost is not told twice, and nothing goes back."""
-    rows = Rows()
-    told = [row.gradients for row in rows.take(ENTRIES[:702])]
+    rows, once = Rows(), Rows()
+    got = list(rows.take(ENTRIES[:702]))
     rows.again()
-    told += [row.gradients for row in rows.take(ENTRIES[:402])]
-    told += [row.gradients for row in rows.take(ENTRIES[402:])]
-    told += [row.gradients for row in rows.rest()]
+    got += [*rows.take(ENTRIES[:402]), *rows.take(ENTRIES[402:]), *rows.rest()]
+    assert got == [*once.take(ENTRIES), *once.rest()]
+    told = [row.gradients for row in got]
     assert told == sorted(told)
     assert len(told) == len(set(told))
     assert told[-1] == 1500
@@ -270,5 +270,11 @@ def test_a_run_that_is_over_is_told_to_a_tracker(tmp_path: Path, capsys: pytest.
     assert Mine.made[0].rows[-1][1] == 300
     assert "DanaZero" in Mine.made[0].parameters["method"]
     assert "is over: 300 gradients" in capsys.readouterr().err
+    simulate = ["simulate", "--task", "quadratic", "--gradients", "100", "--out", str(tmp_path / "s")]
+    assert main([*simulate, "--track", f"{__name__}:Mine"]) == 0
+    assert (Mine.made[1].closed, Mine.made[1].rows[-1][1]) == (True, 100)
+    assert any("evaluation/loss" in figures for figures, _, _ in Mine.made[1].rows)
+    assert main([*simulate[:-1], str(tmp_path / "t"), "--track", "tensorbord"]) == 2
+    assert not (tmp_path / "t").exists()
     assert main(["attach", str(tmp_path / "none")]) == 2
     assert "holds no run: it is not there; give the folder" in capsys.readouterr().err

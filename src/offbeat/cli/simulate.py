@@ -16,6 +16,7 @@ import torch
 from rich.markup import escape
 from tyro.conf import Positional, arg
 
+from .. import tracking
 from ..core.gossip import GossipMethod
 from ..core.method import Method, ServerMethod
 from ..core.periodic import PeriodicMethod
@@ -26,12 +27,14 @@ from ..engines.simulator import Simulation
 from ..experiment import Cell, Comparison, Grid, compare, rerun, show, warmed
 from ..failure import Failure
 from ..figures import entries
+from ..log import Lines, lines_to
 from ..methods import all_methods, find
 from ..names import read
 from ..plain import dumps
 from ..runtime.folder import choose
 from ..tasks import catalogue
 from ..trace import Trace
+from ..watch.watcher import Watcher
 from .command import FAILED, INTERRUPTED, Command, told, writable
 from .display import command_line, err, out, page, progress, shown, table, watching
 from .flags import MethodName, PresetName, TaskName, described, method_of, preset, said_in, task_class
@@ -106,6 +109,8 @@ class Simulate(Command):
     way is measured, lanes or --abreast, and told."""
     abreast: int = 1
     """Gradients that are taken at once, by a thread each: for nets too large for lanes and too small for all cores."""
+    track: Annotated[tuple[str, ...], arg(metavar="TRACKER [TRACKER ...]")] = ()
+    """Where figures go at the end, any of csv, tensorboard, wandb, mlflow, or MODULE:CLASS of your own."""
     out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: runs/METHOD-TASK-WORKERSw)")] = None
     """Where trace, summary and page go."""
 
@@ -129,6 +134,7 @@ class Simulate(Command):
             every = max(1, self.gradients // self.evaluations)
             taking = self.lanes, self.abreast
             simulation = Simulation(method, task, self.cluster, self.gradients, self.seed, every, *taking)
+            trackers = {which: tracking.find(which) for which in self.track}
             default = Path("runs") / f"{name}-{self.task}-{workers}w"
             folder = writable(choose(self.out, default, same=_of(argv), cure=CURE))
         figures: dict[str, float] = {}
@@ -149,6 +155,9 @@ class Simulate(Command):
             )
         simulation.trace.write(folder / "trace.jsonl")
         (folder / "summary.json").write_text(dumps(summary, indent=1) + "\n", encoding="utf-8")
+        if trackers:
+            with lines_to(Lines()):
+                Watcher(folder, trackers=trackers).run(lambda: False)
         if figures:
             out.print(table([name, f"workers: {workers}"], entries(figures, simulation.trace)))
         page((simulation.trace, summary), folder)

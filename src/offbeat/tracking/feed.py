@@ -51,6 +51,9 @@ class Rows:
         for entry in entries:
             view.take(entry)
             if "step" in entry:
+                if view.gradients <= self._last:  # it was told before
+                    self._since = view.seconds
+                    continue
                 self._sums.add(entry["loss"], entry["lag"], entry["gap"])
                 if view.gradients >= self._due:
                     yield self._row()
