@@ -177,7 +177,10 @@ def test_sigterm_at_a_script(processes: Processes, method: str) -> None:
     process = processes.offbeat(*argv)
     workers = [until(lambda i=i: processes.living("endless", i), f"worker {i}")[0] for i in ("0", "1")]
     log = processes.folder / "run/logs/server-0.log"
-    until(lambda: log.exists() and log.read_text().count("has joined") == 2, "both")
+    trace = processes.folder / "run/trace.jsonl"  # a worker that has joined may still import what its first step needs
+    until(
+        lambda: trace.exists() and all(f'"worker": {i}, "step": 1,' in trace.read_text() for i in (0, 1)), "their steps"
+    )
     for worker in workers:
         os.kill(worker, signal.SIGTERM)
         until(lambda: not alive(worker), "its end")  # noqa: B023
