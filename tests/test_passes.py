@@ -442,6 +442,28 @@ def test_loaders_make_their_minibatches_in_their_own_way() -> None:
     replica.leave()
 
 
+def ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """One item further than what it gives, as loaders do that bring the next one to a GPU meanwhile."""
+    source = iter(items)
+    now = next(source)
+    for item in source:
+        yield now
+        now = item
+    yield now
+
+
+def test_what_reads_ahead_ends_a_pass_at_the_shipped_parameters_as_well() -> None:
+    """It comes to the pass's end before the last step is taken."""
+    replica = alone(ob.methods.DanaZero(lr=0.1))
+    for _ in range(2):
+        for (x,) in ahead(replica.shard(loader())):
+            step(replica, x)
+        shown = torch.cat([p.detach().reshape(-1) for p in replica.model.parameters()])
+        assert torch.equal(shown, replica.worker.master())
+        assert not torch.equal(shown, replica.worker.x)
+    replica.leave()
+
+
 def test_workers_of_a_loader_that_persist_serve_all_passes() -> None:
     replica = alone()
     lasting, processes = loader(8, num_workers=1, persistent_workers=True), set()

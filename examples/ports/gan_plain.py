@@ -8,14 +8,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--epochs", type=int, default=20)
+parser.add_argument("--epochs", type=int, default=12)
 parser.add_argument("--lr", type=float, default=1e-3)
 parser.add_argument("--seed", type=int, default=999)
 args = parser.parse_args()
 nz, width = 16, 16
 
 images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
-loader = DataLoader(TensorDataset(images), batch_size=64, shuffle=True, drop_last=True)
+loader = DataLoader(TensorDataset(images), batch_size=16, shuffle=True, drop_last=True)
 
 
 class Generator(nn.Module):

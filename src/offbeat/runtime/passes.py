@@ -270,6 +270,7 @@ class Passes:
             self.over = max(self.over, key[1] + 1)
         with member.turn():
             replica._show()
+            replica._ended = True
         member.unfinished = False
 
     def reach(self, position: int) -> None:

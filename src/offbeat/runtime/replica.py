@@ -174,6 +174,7 @@ class Replica(Optimizer):
             self._memory: Tensor | None = None  # where gradients are put together, if they may be used up there
             self._life = 0  # of the worker, whose parameters the model holds
             self._fresh = True  # whether it has taken no step
+            self._ended = False  # whether a pass has ended since the last step
             self._shown = False  # whether the model holds the shipped parameters instead
             self._take()
         except BaseException:
@@ -305,7 +306,12 @@ class Replica(Optimizer):
         with self._member.turn():
             self.worker.step(g, number)
             self._member.stepped()
+            ended, self._ended = self._ended, False
             self._take()
+            if (
+                ended and not self.passes.running
+            ):  # the pass ended before its last step, as where something reads ahead of the loop
+                self._show()
             if self.team.any(self._member.told()) and self.worker.free:
                 WORKER.info(f"worker {self.id} leaves, as SIGTERM asks")
                 self.leave(done=False)

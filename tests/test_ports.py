@@ -1,0 +1,83 @@
+"""Scripts as others write them, and the same on many workers: a few lines differ, and what they learn is the same."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from crew import Processes, until
+
+import offbeat as ob
+
+PORTS = Path(__file__).parent.parent / "examples" / "ports"
+LIMIT = 300.0
+
+
+class Port(NamedTuple):
+    """A port, and what its plain script comes to: the lowest and the highest figure of five seeds, taken on these samples."""
+
+    name: str
+    minibatches: int
+    what: str
+    lowest: float
+    highest: float
+
+
+TEXT = Port("text", 600, "val loss", 0.945, 1.008)
+GAN = Port("gan", 0, "distance", 0.0, 0.0)
+PPO = Port("ppo", 60, "length", 152.8, 500.0)
+IMAGES = Port("images", 12 * 44, "best", 0.0, 0.0)
+SLOWMO = "slowmo(base=local(sgd(0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)), period=6)"
+RUNS = [
+    (TEXT, "async-local-sgd(period=5)", ()),
+    (TEXT, "local-sgd(period=5)", ()),
+    (GAN, "async-local-sgd(period=4)", ("--lr", "2e-3")),
+    (GAN, "local-sgd(period=5)", ("--lr", "2e-3")),
+    (PPO, "async-local-sgd(period=16)", ()),
+    (PPO, "local-sgd(period=16)", ()),
+    (IMAGES, "dana-zero(lr=0.05, weight_decay=1e-4)", ()),
+    (IMAGES, SLOWMO, ()),
+]
+
+
+@pytest.mark.parametrize("port", [TEXT, GAN, PPO, IMAGES], ids=lambda port: port.name)
+def test_at_most_five_lines_make_a_plain_script_one_of_many_workers(port: Port) -> None:
+    plain, ours = ((PORTS / f"{port.name}{end}.py").read_text().splitlines() for end in ("_plain", ""))
+    changes = [line for line in difflib.ndiff(plain, ours) if line[0] in "+-" and line[2:].strip()]
+    assert 0 < sum(line.startswith("+") for line in changes) <= 5
+    assert not [line for line in changes if '"""' in line], "the files differ in what matters only"
+
+
+@pytest.mark.parametrize(("port", "method", "words"), RUNS, ids=lambda value: getattr(value, "name", None))
+def test_three_workers_of_which_one_is_killed_learn_the_same(
+    processes: Processes, port: Port, method: str, words: tuple[str, ...]
+) -> None:
+    """On as many samples. All minibatches are taken, each once, and the one that is killed comes back."""
+    if port is PPO and importlib.util.find_spec("gymnasium") is None:
+        pytest.skip("gymnasium is not installed")
+    out = processes.folder / "run"
+    launch = ("launch", "--workers", "3", "--out", str(out), "--method", method, str(PORTS / f"{port.name}.py"))
+    process = processes.offbeat(*launch, "--seed", "1", *words, OMP_NUM_THREADS="1")
+    trace = out / "trace.jsonl"
+    until(lambda: trace.exists() and trace.read_text().count('"worker": 1') > 5, "some steps of worker 1", LIMIT)
+    (victim,) = processes.living(port.name, "1")
+    os.kill(victim, signal.SIGKILL)
+    assert processes.ends(process, LIMIT) == 0, processes.said(process)
+    found = ob.Trace.read(trace)
+    assert [(i.worker, i.what) for i in found.incidents if i.what == "crashed"] == [(1, "crashed")]
+    figures = [
+        float(text)
+        for i in (0, 1, 2)
+        for text in re.findall(rf"^{port.what} ([\d.]+)", (out / "logs" / f"worker-{i}.log").read_text(), re.M)
+    ]
+    assert len(figures) == 3
+    spread = port.highest - port.lowest
+    assert all(port.lowest - spread <= figure <= port.highest + spread for figure in figures), figures
+    assert torch.load(out / "model.pt", weights_only=True)
