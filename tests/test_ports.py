@@ -24,26 +24,26 @@ class Port(NamedTuple):
     """A port, and what its plain script comes to: the lowest and the highest figure of five seeds, taken on these samples."""
 
     name: str
-    minibatches: int
+    steps: int
     what: str
     lowest: float
     highest: float
 
 
 TEXT = Port("text", 600, "val loss", 0.945, 1.008)
-GAN = Port("gan", 0, "distance", 0.0, 0.0)
-PPO = Port("ppo", 60, "length", 152.8, 500.0)
-IMAGES = Port("images", 12 * 44, "best", 0.0, 0.0)
-SLOWMO = "slowmo(base=local(sgd(0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)), period=6)"
+GAN = Port("gan", 12 * 112, "distance", 1.789, 2.348)
+PPO = Port("ppo", 60 * 16, "length", 152.8, 500.0)
+IMAGES = Port("images", 12 * 44, "best", 94.458, 96.977)
+LOCAL = "LocalSGD(Local(SGD(0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)), period=4)"
 RUNS = [
-    (TEXT, "async-local-sgd(period=5)", ()),
-    (TEXT, "local-sgd(period=5)", ()),
-    (GAN, "async-local-sgd(period=4)", ("--lr", "2e-3")),
-    (GAN, "local-sgd(period=5)", ("--lr", "2e-3")),
-    (PPO, "async-local-sgd(period=16)", ()),
-    (PPO, "local-sgd(period=16)", ()),
-    (IMAGES, "dana-zero(lr=0.05, weight_decay=1e-4)", ()),
-    (IMAGES, SLOWMO, ()),
+    (TEXT, "async-local-sgd(period=5)"),
+    (TEXT, "local-sgd(period=5)"),
+    (GAN, "async-local-sgd(period=1)"),
+    (GAN, "local-sgd(period=2)"),
+    (PPO, "async-local-sgd(period=16)"),
+    (PPO, "local-sgd(period=16)"),
+    (IMAGES, "dana-zero(lr=0.05, weight_decay=1e-4)"),
+    (IMAGES, LOCAL),
 ]
 
 
@@ -55,29 +55,32 @@ def test_at_most_five_lines_make_a_plain_script_one_of_many_workers(port: Port) 
     assert not [line for line in changes if '"""' in line], "the files differ in what matters only"
 
 
-@pytest.mark.parametrize(("port", "method", "words"), RUNS, ids=lambda value: getattr(value, "name", None))
-def test_three_workers_of_which_one_is_killed_learn_the_same(
-    processes: Processes, port: Port, method: str, words: tuple[str, ...]
-) -> None:
-    """On as many samples. All minibatches are taken, each once, and the one that is killed comes back."""
+@pytest.mark.parametrize(
+    ("port", "method"), RUNS, ids=lambda value: value.name if isinstance(value, Port) else value.partition("(")[0]
+)
+def test_three_workers_of_which_one_is_killed_learn_the_same(processes: Processes, port: Port, method: str) -> None:
+    """On as many minibatches; the one that is killed comes back. The figure, at those that are not, is no further from
+    those of five plain runs than they are from each other.
+    """
     if port is PPO and importlib.util.find_spec("gymnasium") is None:
         pytest.skip("gymnasium is not installed")
     out = processes.folder / "run"
     launch = ("launch", "--workers", "3", "--out", str(out), "--method", method, str(PORTS / f"{port.name}.py"))
-    process = processes.offbeat(*launch, "--seed", "1", *words, OMP_NUM_THREADS="1")
+    process = processes.offbeat(*launch, "--seed", "1", OMP_NUM_THREADS="1")
     trace = out / "trace.jsonl"
     until(lambda: trace.exists() and trace.read_text().count('"worker": 1') > 5, "some steps of worker 1", LIMIT)
     (victim,) = processes.living(port.name, "1")
     os.kill(victim, signal.SIGKILL)
     assert processes.ends(process, LIMIT) == 0, processes.said(process)
     found = ob.Trace.read(trace)
+    assert port.steps <= len(found) <= 1.1 * port.steps  # and those that were lost with the worker that was killed
     assert [(i.worker, i.what) for i in found.incidents if i.what == "crashed"] == [(1, "crashed")]
     figures = [
         float(text)
-        for i in (0, 1, 2)
+        for i in (0, 2)
         for text in re.findall(rf"^{port.what} ([\d.]+)", (out / "logs" / f"worker-{i}.log").read_text(), re.M)
     ]
-    assert len(figures) == 3
+    assert len(figures) == 2
     spread = port.highest - port.lowest
     assert all(port.lowest - spread <= figure <= port.highest + spread for figure in figures), figures
     assert torch.load(out / "model.pt", weights_only=True)
