@@ -197,7 +197,7 @@ print(f"worker {replica.id} of {accelerator.num_processes}\\n", end="", flush=Tr
 
 @needs("accelerate")
 def test_accelerate_under_torchrun(start: Start, tmp_path: Path) -> None:
-    """As docs/running.md has it."""
+    """As docs/recipes/fabric.md has it."""
     script = tmp_path / "train.py"
     script.write_text(ACCELERATE)
     text = end(torchrun(start, str(script)))
