@@ -20,10 +20,15 @@ from offbeat.cli.flags import described
 from offbeat.cli.simulate import kind
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timeline import timeline  # noqa: E402
+from timeline import timeline
 
 ROOT = Path(__file__).parent.parent
-BESIDE = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md"}
+BESIDE = {
+    "index.md": "README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
+}
 """Pages that are files of the repository's first folder."""
 KINDS = {
     "server": "A server holds the model. Workers send it gradients, or steps of their own, and never wait for each other.",
@@ -118,8 +123,19 @@ def method_page(cls: type[Any]) -> str:
         text += ["## Timeline", "", picture, ""]
     if rows := described(cls):
         text += ["## Parameters", "", "| name | default | |", "|---|---|---|"]
-        text += ["| " + " | ".join(f"`{c}`" if i < 2 else prose(c) for i, c in enumerate(row)).replace("||", "\\|\\|") + " |" for row in rows]
-    text += ["", "## Source", "", f"`offbeat/methods/{Path(inspect.getfile(cls)).name}`", "", f"```python\n{source.rstrip()}\n```", ""]
+        text += [
+            "| " + " | ".join(f"`{c}`" if i < 2 else prose(c) for i, c in enumerate(row)).replace("||", "\\|\\|") + " |"
+            for row in rows
+        ]
+    text += [
+        "",
+        "## Source",
+        "",
+        f"`offbeat/methods/{Path(inspect.getfile(cls)).name}`",
+        "",
+        f"```python\n{source.rstrip()}\n```",
+        "",
+    ]
     return "\n".join(text)
 
 
@@ -158,7 +174,14 @@ def api_pages() -> Iterator[tuple[str, str]]:
 def navigation(nav: list[Any], pages: set[str]) -> list[Any]:
     """``nav`` with every page: those that it does not name go to the section of their folder."""
     named = set(_named(nav))
-    folders = {"methods": "Methods", "recipes": "Recipes", "api": "API", "guide": "Learn", "examples": "Examples", "": "Learn"}
+    folders = {
+        "methods": "Methods",
+        "recipes": "Recipes",
+        "api": "API",
+        "guide": "Learn",
+        "examples": "Examples",
+        "": "Learn",
+    }
     sections = {title: content for entry in nav for title, content in entry.items() if isinstance(content, list)}
     sections["Examples"] = []
     for page in sorted(pages - named, key=str.lower):

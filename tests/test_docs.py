@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from itertools import dropwhile, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,27 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), *(ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md"))])
 FREE = {"design.md", "performance.md", "results.md", "CONTRIBUTING.md"}
 """Pages whose blocks are diagrams, tables and pieces of files."""
-OTHERS = {"python", "python3", "pip", "export", "srun", "torchrun", "make", ".", "git", "wait", "until", "kill", "grep", "curl"}
+OTHERS = {
+    *[
+        "python",
+        "python3",
+        "pip",
+        "export",
+        "srun",
+        "torchrun",
+        "make",
+        ".",
+        "wait",
+        "kill",
+        "grep",
+        "[",
+        "sleep",
+        "ssh",
+        "curl",
+    ]
+}
 """Commands of others, which are taken as they are."""
+KEYWORDS = {"if", "then", "until", "while", "do", "done"}
 
 
 class Block(NamedTuple):
@@ -101,13 +121,12 @@ def reads_a_run(code: str) -> bool:
 def commands(code: str) -> Iterator[list[str]]:
     """The commands of a shell block, as words."""
     for line in code.replace("\\\n", " ").splitlines():
-        for command in re.split(r"\s+(?:&&|;|&|\|\|)(?:\s+|$)", line):
-            command = re.sub(r"\$\([^)]*\)", "VALUE", command)
-            words = shlex.split(command, comments=True)
-            while words and re.fullmatch(r"\w+=.*", words[0]):
-                words = words[1:]
-            if words:
-                yield words
+        lexer = shlex.shlex(re.sub(r"\$\([^)]*\)", "VALUE", line), posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        for end, words in groupby(lexer, lambda word: bool(re.fullmatch(r"[;&|()]+", word))):
+            command = list(dropwhile(lambda word: word in KEYWORDS or re.fullmatch(r"\w+=.*", word), words))
+            if command and not end:
+                yield command
 
 
 @pytest.mark.parametrize("page", names(PAGES))
@@ -121,11 +140,13 @@ def test_commands_on_a_page_are_understood(page: str, tmp_path: Path, monkeypatc
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
     for block in blocks(ROOT / page):
         if block.language != "bash":
-            assert block.language in ("python", "text", "toml", "yaml", "diff", "sbatch"), f"{page}:{block.line}: {block.language!r}"
+            assert block.language in ("python", "text", "toml", "yaml", "diff", "sbatch"), (
+                f"{page}:{block.line}: {block.language!r}"
+            )
             continue
         for words in commands(block.code):
             where = f"{page}:{block.line}: {shlex.join(words)}"
-            name = Path(words[0]).name
+            name = words[0].rpartition("/")[2]
             if name == "offbeat":
                 if words[1] in ("--version", "--help"):
                     continue
@@ -162,12 +183,16 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[\w-]+)?\)", path.read_text("utf-8")):
             there = (path.parent / target).resolve()
             inside = there.relative_to(DOCS) if there.is_relative_to(DOCS) else None
-            assert there.exists() or str(inside) in made, f"{path.relative_to(ROOT)} leads to {target}, which is not there"
+            assert there.exists() or str(inside) in made, (
+                f"{path.relative_to(ROOT)} leads to {target}, which is not there"
+            )
 
 
 def test_the_check_finds_what_it_is_for(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
-    path.write_text('<!-- hidden\nx = 1\n-->\n\n```python title="a.py"\ny = x\n```\n\n<!-- not run: no -->\n```bash\nnonsense\n```\n\n```bash\nA=1 offbeat methods && make test # c\n```\n')
+    path.write_text(
+        '<!-- hidden\nx = 1\n-->\n\n```python title="a.py"\ny = x\n```\n\n<!-- not run: no -->\n```bash\nnonsense\n```\n\n```bash\nA=1 offbeat methods && make test # c\n```\n'
+    )
     assert list(blocks(path)) == [
         Block("python", "", "x = 1\n", 1),
         Block("python", "a.py", "y = x\n", 5),
