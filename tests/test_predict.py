@@ -15,7 +15,7 @@ import offbeat as ob
 from offbeat import cli
 from offbeat.engines.clock import Clock
 from offbeat.engines.processors import Machine, Machines
-from offbeat.predict import Fit, advise, cluster_of, fit, predict
+from offbeat.predict import Fit, advise, calibrated, cluster_of, fit, predict
 from offbeat.runtime import meter
 from offbeat.runtime.host import Terms
 from offbeat.trace import Event, Incident, Load, Trace
@@ -194,6 +194,18 @@ def test_a_prediction_is_the_truth(method: ob.Method) -> None:
         assert seen.rate == pytest.approx(rate(truth), rel=0.05)
         assert seen.known is None
     assert predict(found, method.name, method, 2).rate == pytest.approx(found.rate, rel=0.05)
+
+
+def test_a_calibrated_model_gives_the_record_itself() -> None:
+    method = ob.methods.DanaZero(0.01)
+    found = replace(fit(record(method, MINE)), gradients=100, seconds=100.0)  # slower than the model says
+    corrected, plain = calibrated(found, method)
+    assert predict(corrected, "", method, 2).rate == pytest.approx(1.0, rel=1e-9)
+    assert plain.rate == predict(found, "", method, 2).rate > 1.5
+    ratio = predict(corrected, "", method, 8).rate / predict(found, "", method, 8).rate
+    assert ratio == pytest.approx(1.0 / plain.rate, rel=1e-9)
+    elsewhere = ob.presets.ethernet_1g
+    assert predict(corrected, "", method, 8, elsewhere) == predict(found, "", method, 8, elsewhere)
 
 
 def test_a_simulated_record_is_a_check() -> None:

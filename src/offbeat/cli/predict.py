@@ -17,7 +17,7 @@ from ..engines.presets import PRESETS
 from ..failure import Failure
 from ..names import read
 from ..plain import dumps
-from ..predict import KINDS, Fit, Prediction, advise, fit, predict
+from ..predict import KINDS, Fit, Prediction, advise, calibrated, fit, predict
 from ..trace import Trace
 from .command import Command, told, writable
 from .display import command_line, err, out, shown, table
@@ -64,7 +64,7 @@ class Predict(Command):
             record = recorded(self.record)
             methods = _methods(record, self.methods)
             folder = writable(self.out or (self.record if self.record.is_dir() else self.record.parent))
-            here = predict(record, "recorded", _recorded_method(record), record.workers)
+            record, here = calibrated(record, _recorded_method(record))
         predictions, failed = [], []
         for name, method in methods.items():
             for n in dict.fromkeys(self.workers):
@@ -112,7 +112,7 @@ class Advise(Command):
             load(self.imports)
             place = preset_of(self.preset)
             record = recorded(self.record)
-            here = predict(record, "recorded", _recorded_method(record), record.workers)
+            record, here = calibrated(record, _recorded_method(record))
         out.print(_about(record, here), soft_wrap=True)
         workers = self.workers or record.workers
         where = f" on {self.preset}" if self.preset else ""
@@ -177,7 +177,7 @@ def _about(record: Fit, here: Prediction) -> str:
         f"record: {record.method.partition('(')[0]}, {record.workers} workers, {record.seconds:,.0f} s: {record.rate:,.1f} "
         f"gradients/s, {100 * record.waiting:.0f} % of the time between gradients",
         f"model:  {here.rate:,.1f} gradients/s for the same ({100 * (here.rate / record.rate - 1):+.1f} %), "
-        f"{100 * here.waiting:.0f} % between gradients; limited by {here.limit}",
+        f"{100 * here.waiting:.0f} % between gradients; predictions for this cluster are corrected by that",
     ]
     costs = f"a gradient takes {_ms(record.alone)} alone"
     if machines is not None:

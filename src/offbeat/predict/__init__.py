@@ -2,6 +2,6 @@
 
 from .advise import Advice, advise
 from .fit import Fit, fit
-from .model import KINDS, Prediction, cluster_of, predict
+from .model import KINDS, Prediction, calibrated, cluster_of, predict
 
-__all__ = ["KINDS", "Advice", "Fit", "Prediction", "advise", "cluster_of", "fit", "predict"]
+__all__ = ["KINDS", "Advice", "Fit", "Prediction", "advise", "calibrated", "cluster_of", "fit", "predict"]

@@ -13,7 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median
+from random import Random
+from statistics import fmean
 
 import torch
 
@@ -42,7 +43,7 @@ SMALL = 65_536
 
 @dataclass(frozen=True)
 class Fit:
-    """What a record shows. Seconds of processors are medians over the record's seconds."""
+    """What a record shows. Seconds of processors are means."""
 
     method: str
     """The recorded method, as its ``repr``."""
@@ -70,6 +71,8 @@ class Fit:
     """The cluster of a simulated record."""
     notes: tuple[str, ...]
     """What the record lacks, and what makes it uncertain."""
+    correction: float = 1.0
+    """By what the rates of the model are multiplied on the recorded cluster: see `calibrated`."""
 
     @property
     def rate(self) -> float:
@@ -145,7 +148,7 @@ def fit(trace: Trace, shards: Sequence[Trace] = ()) -> Fit:
     network = (
         _wire(trace, waited[waited > 0], machines, message * of, of) if real else Cluster.from_trace(trace).network
     )
-    speed = Recorded(tuple(tuple((s * factors.get(w, 1.0)).clamp(min=1e-9).tolist()) for w, s in seconds.items()))
+    speed = Recorded(tuple(_mixed((s * factors.get(w, 1.0)).clamp(min=1e-9).tolist(), w) for w, s in seconds.items()))
     known = None
     if not real and "cluster" in trace.header:
         with contextlib.suppress(ValueError):  # a speed of the user's own
@@ -165,6 +168,12 @@ def fit(trace: Trace, shards: Sequence[Trace] = ()) -> Fit:
         known=known,
         notes=tuple(notes),
     )
+
+
+def _mixed(seconds: list[float], worker: int) -> tuple[float, ...]:
+    """The same in another order: a processor's speed changes over minutes, and a simulation takes only the first of them."""
+    Random(worker).shuffle(seconds)
+    return tuple(seconds)
 
 
 def _windows(trace: Trace, begin: float) -> tuple[int, list[tuple[float, float]], int]:
@@ -223,11 +232,10 @@ class _Loads:
                         last[load.worker] = load
 
     def per_gradient(self, node: int, name: str) -> float:
-        """The median over time of one quantity per gradient; 0 where it is not known."""
-        found = [
-            (getattr(b, name) - getattr(a, name)) / (b.gradients - a.gradients) for a, b in self.pairs.get(node, ())
-        ]
-        return median(found) if found else 0.0
+        """The mean over time of one quantity per gradient; 0 where it is not known."""
+        pairs = self.pairs.get(node, ())
+        gradients = sum(b.gradients - a.gradients for a, b in pairs)
+        return sum(getattr(b, name) - getattr(a, name) for a, b in pairs) / gradients if gradients else 0.0
 
     def rate(self, node: int, name: str) -> float:
         """One quantity per second, over all time."""

@@ -40,6 +40,15 @@ class Prediction:
     """Gradients per second on the cluster of a simulated record, which is known."""
 
 
+def calibrated(fit: Fit, method: Method) -> tuple[Fit, Prediction]:
+    """``fit`` with the correction that makes the recorded ``method`` as fast as it was, and what the model gives without it.
+
+    What is left out of the model (snapshots, caches, a scheduler that is not quite fair) slows other runs on the same machines as well.
+    """
+    plain = predict(replace(fit, correction=1.0), "recorded", method, fit.workers)
+    return replace(fit, correction=fit.rate / plain.rate), plain
+
+
 def predict(
     fit: Fit, name: str, method: Method, workers: int, preset: Callable[..., Cluster] | None = None
 ) -> Prediction:
@@ -50,9 +59,10 @@ def predict(
     known = None
     if fit.known is not None and preset is None:
         known = _rate(_run(replace(fit.known, workers=workers, events=(), faults=()), method, fit))
-    return Prediction(
-        name, workers, _rate(simulation), *_shares(simulation), _limit(simulation, cluster, method), known
-    )
+    correction = fit.correction if preset is None else 1.0
+    sent, waiting, lag = _shares(simulation)
+    limit = _limit(simulation, cluster, method)
+    return Prediction(name, workers, correction * _rate(simulation), correction * sent, waiting, lag, limit, known)
 
 
 def cluster_of(fit: Fit, method: Method, workers: int, preset: Callable[..., Cluster] | None = None) -> Cluster:

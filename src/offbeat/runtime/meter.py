@@ -102,9 +102,9 @@ def _queued() -> dict[str, float]:
 
 
 def _busy() -> float:
-    """Seconds for which cores of this machine were at work: user, nice, system, irq, softirq."""
+    """Seconds for which cores of this machine were at work, or were taken by a host of virtual machines (user to steal, proc_stat(5))."""
     words = _text(Path("/proc/stat")).partition("\n")[0].split()
-    return sum(int(words[k]) for k in (1, 2, 3, 6, 7)) / os.sysconf("SC_CLK_TCK") if len(words) > 7 else math.nan
+    return sum(int(words[k]) for k in (1, 2, 3, 6, 7, 8)) / os.sysconf("SC_CLK_TCK") if len(words) > 8 else math.nan
 
 
 def _text(path: Path) -> str:
