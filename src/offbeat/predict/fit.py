@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 
@@ -43,7 +43,7 @@ SMALL = 65_536
 
 @dataclass(frozen=True)
 class Fit:
-    """What a record shows. Seconds of processors are means."""
+    """What a record shows. Processor seconds are means, of the server's visits medians."""
 
     method: str
     """The recorded method, as its ``repr``."""
@@ -237,6 +237,11 @@ class _Loads:
         gradients = sum(b.gradients - a.gradients for a, b in pairs)
         return sum(getattr(b, name) - getattr(a, name) for a, b in pairs) / gradients if gradients else 0.0
 
+    def of_a_visit(self) -> float:
+        """Processor seconds of the host per gradient: the median over time, as snapshots and evaluations are no part of a visit."""
+        found = [(b.processor - a.processor) / (b.gradients - a.gradients) for a, b in self.pairs.get(-1, ())]
+        return median(found) if found else 0.0
+
     def rate(self, node: int, name: str) -> float:
         """One quantity per second, over all time."""
         pairs = self.pairs.get(node, ())
@@ -273,7 +278,7 @@ def _machines(
         factors[w], processor[w] = alone[w] / wall[w], used
     exchange = fmean(loads.per_gradient(w, "exchange") for w in workers)
     servers = [loads, *shards]
-    service = fmean(one.per_gradient(-1, "processor") for one in servers)
+    service = fmean(one.of_a_visit() for one in servers)
     places = Counter(loads.machine(w) for w in workers)
     here = -1 not in loads.pairs or loads.machine(-1) in places
     if trace.header.get("messages") == "server":

@@ -15,6 +15,8 @@ KINDS = ("dana-zero", "ssp", "backup-workers", "all-reduce", "local-sgd", "sgp",
 """One method of each kind, which has the times of all of its kind."""
 EACH, LEAST, MOST = 60, 600, 12_000
 """Gradients of each worker that are simulated, and of all of them together at least and at most."""
+WORKERS = 0.25
+"""A worker's part of what an exchange with a server costs processors, where the record is of a method without one."""
 FULL = 0.95
 """From which share of its time on something is said to be saturated."""
 
@@ -70,9 +72,9 @@ def cluster_of(fit: Fit, method: Method, workers: int, preset: Callable[..., Clu
     the fit's gradients, a machine for each worker."""
     machines = fit.machines
     if machines is not None and (messages(method) == "server") != (fit.kind == "server"):
-        both = machines.handling + machines.service
-        part = both / 2 if messages(method) == "server" else machines.handling
-        machines = replace(machines, handling=part, service=both - part if messages(method) == "server" else 0.0)
+        both = machines.handling + machines.service  # a peer does by itself what a server does for a worker
+        mine = WORKERS * both if messages(method) == "server" else both
+        machines = replace(machines, handling=mine, service=both - mine)
     if preset is None:
         return Cluster(workers, fit.speed, network=fit.network, machines=machines)
     like = preset(workers, fit.alone)
