@@ -21,10 +21,10 @@ from test_peers import PROBLEM, TOKEN, Run
 from torch import Tensor
 
 import offbeat as ob
+from offbeat.runtime.entry import enter
 from offbeat.runtime.link import Link, LinkLost, dial
 from offbeat.runtime.message import SIZE, Form, Header, Kind
 from offbeat.runtime.peer import talk
-from offbeat.runtime.replica import enter
 from offbeat.runtime.worker import Driver
 
 KINDS = {

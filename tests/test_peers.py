@@ -27,12 +27,12 @@ from offbeat.core.topology import Ring
 from offbeat.names import read
 from offbeat.runtime import coordinator, snapshot
 from offbeat.runtime.coordinator import Coordinator, host_for, resumed
+from offbeat.runtime.entry import enter
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import Frame, Link, LinkLost
 from offbeat.runtime.message import Header, Kind
 from offbeat.runtime.peer import Peer
 from offbeat.runtime.place import Place, first_node
-from offbeat.runtime.replica import enter
 from offbeat.runtime.room import Room, Seat
 from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Driver, train

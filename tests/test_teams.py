@@ -169,8 +169,8 @@ def _said(pid: int) -> list[bytes]:
 
 def test_gossip_needs_shards() -> None:
     """What would come to one rank and not to the other cannot be put together."""
+    from offbeat.runtime.entry import enter
     from offbeat.runtime.place import Place
-    from offbeat.runtime.replica import enter
     from offbeat.runtime.team import Team
 
     team = Team()

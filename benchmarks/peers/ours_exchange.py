@@ -11,8 +11,8 @@ from work import LR, SIZE, said, timed
 import offbeat as ob
 from offbeat.log import WORKER
 from offbeat.names import read
+from offbeat.runtime.entry import enter
 from offbeat.runtime.place import Place
-from offbeat.runtime.replica import enter
 
 torch.set_num_threads(1)
 method, port = f"ASGD(lr={LR})", os.environ["MASTER_PORT"]

@@ -157,10 +157,10 @@ class Work(Command):
             os.execv(sys.executable, [sys.executable, *self.script])
         if self.problem is None:
             raise Refused("nothing to do: give a script, or a task such as --problem 'Digits()'")
+        from ..runtime.entry import enter
         from ..runtime.exit import Member
         from ..runtime.link import LinkLost
         from ..runtime.place import Place
-        from ..runtime.replica import enter
         from ..runtime.worker import train
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

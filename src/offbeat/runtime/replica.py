@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..core.gossip import GossipMethod
-from ..core.method import Method, ServerMethod
+from ..core.method import Method
 from ..log import WORKER, seen
 from .buffers import RULES, Buffers
 from .edits import OtherSteps, Roster, cannot_follow
+from .entry import enter
 from .exit import Member
-from .host import OtherKind
 from .layout import layout_of, plain_name
 from .models import Model, called, one_module
 from .optimizer import Lending, Several, no_own_steps, stepped_beside
 from .parameters import Parameters
 from .passes import Passes, Shard
-from .peer import Peer, Solitary
 from .place import Place
 from .schedulers import RunScheduler
 from .shared_state import Shared
 from .statistics import Statistics
 from .streams import seed_streams
-from .team import Team, Together
-from .worker import SKIPS, Alone, Driver, Parse, Remote, Worker
+from .team import Team
+from .worker import SKIPS, Driver
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which a torch without torch.distributed lacks
@@ -472,55 +468,3 @@ class Replica(Optimizer):
 
 _LIVE: weakref.WeakValueDictionary[tuple[tuple[str, ...], int | None], Replica] = weakref.WeakValueDictionary()
 """The replica that is a worker of a run in this process, by the run's servers and the worker's number."""
-
-
-def enter(
-    place: Place,
-    x0: Tensor,
-    method: Method | None,
-    hello: dict[str, Any],
-    parse: Parse,
-    log: logging.Logger,
-    stopped: Callable[[], bool] = lambda: False,
-    lend: Callable[[Method], Method] = lambda method: method,
-    team: Team | None = None,
-    shared: Shared | None = None,
-) -> Driver:
-    """Join the run at ``place`` with a model at ``x0`` [d], or be one alone where there is none."""
-    if not place.servers:
-        if method is None:
-            raise ValueError("method = None: give one, or start the script with `offbeat launch --method NAME`")
-        if not isinstance(method, ServerMethod):
-            return Solitary(lend(method), x0, log)
-        return Worker(Alone(method, x0), log, lend)
-    team = team or Team()
-    if team.size > 1:
-        if len(place.servers) != team.size:
-            raise ValueError(
-                f"a worker of {team.size} ranks, and {len(place.servers)} servers in OFFBEAT_SERVER: each rank needs one; "
-                f"start the script with offbeat launch --ranks {team.size}"
-            )
-        if method is None:
-            raise ValueError(
-                "method = None: a worker of several ranks must know it; give one, or --method to the launcher"
-            )
-        if team.whole and isinstance(method, GossipMethod):
-            raise ValueError(
-                f"{method!r}: gossip does not come to all ranks at once, so they cannot each have the whole model; shard it "
-                "with fully_shard, or take a method with a server or with averages"
-            )
-        place = replace(place, servers=(place.servers[team.rank],))
-    place.host()
-    mine = None if team.rank and team.whole else shared  # the other ranks get what the first one has
-    hello = {**hello, "method": "" if method is None else repr(method)}
-    if method is None or isinstance(method, ServerMethod):
-        if method is not None:
-            lend(method)  # which says why not, before anybody is dialled
-        shard = (team.rank, team.size) if team.size > 1 else None
-        remote = Remote(place, x0[team.part(len(x0))], hello, parse, shard, mine)
-        remote.stopped, remote.log = stopped, log
-        if team.size > 1:
-            return Worker(Together(remote, team, len(x0)), log, lend)
-        with contextlib.suppress(OtherKind):  # it names a method whose workers are peers
-            return Worker(remote, log, lend)
-    return Peer(place, x0, hello, parse, log, lend, stopped, team, mine)
