@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 import offbeat as ob
 from offbeat.cli import COMMANDS
 from offbeat.cli.flags import parse
+from offbeat.log import LAUNCH, SERVER, TREE, WORKER
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -48,6 +49,16 @@ OTHERS = {
 }
 """Commands of others, which are taken as they are."""
 KEYWORDS = {"if", "then", "until", "while", "do", "done"}
+
+
+@pytest.fixture(autouse=True)
+def levels() -> Iterator[None]:
+    """What a page configures is over with it."""
+    loggers = (TREE, SERVER, WORKER, LAUNCH)
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 class Block(NamedTuple):
