@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offbeat.runtime.leases import COUNTED, KEPT, TASK, Lease, Leases, Opening, leases_in
+from offbeat.runtime.leases import COUNTED, KEPT, TASK, Grant, Lease, Leases, Opening, leases_in
 
 
 def pass_(number: int, length: int | None = 4, order: str = "loader a", series: int = COUNTED) -> Opening:
@@ -188,7 +188,7 @@ def test_the_epoch_where_the_run_is() -> None:
     leases.open(0, pass_(3, series=1))
     assert leases.epoch() == 3
     leases.open(0, pass_(9))  # which belongs to no epoch
-    assert leases.hear(0, {"epoch": True}) == {"epoch": 3}
+    assert leases.hear(0, {"epoch": True}) == {"epoch": 3, "stopped": False}
 
 
 @pytest.mark.parametrize("note", [{"open": [0, "1", 2, ""]}, {"open": [1, -1, 2, ""]}, {"end": ""}])
@@ -305,3 +305,42 @@ def test_how_many_minibatches_a_run_will_use_is_known_with_its_epochs() -> None:
     bounded.hear(0, {"epoch": True, "of": 3})
     bounded.open(0, Opening(0, 0, 10, "order"))
     assert bounded.expected == 25
+
+
+def test_what_was_done_before_the_run_is_skipped_by_the_first_and_by_nobody_else() -> None:
+    leases = Leases()
+    for worker in (0, 1):
+        leases.join(worker)
+    leases.hear(0, {"epoch": True, "of": 2})
+    opening = Opening(0, 3, 10, "order")
+    leases.hear(0, {"open": opening, "skip": 4})
+    assert leases.expected == 16
+    assert [lease.place for lease in leases.take(0, 2).leases] == [4, 5]
+    leases.hear(1, {"open": opening, "skip": 7})
+    assert [lease.place for lease in leases.take(1, 1).leases] == [6]
+    whole = Leases()
+    whole.join(0)
+    whole.hear(0, {"open": Opening(0, 0, 10, "order"), "skip": 99})
+    assert whole.is_over((0, 0))
+    assert whole.epoch() == 1
+    for bad in (-1, "4", None, True, 2.5):
+        leases.hear(0, {"open": Opening(0, 4, 10, "order"), "skip": bad})
+    assert leases.passes[0, 4].next == 0
+
+
+def test_a_run_that_is_stopped_gives_nothing_more_and_stays_so() -> None:
+    leases, later = Leases(), Leases()
+    for worker in (0, 1):
+        leases.join(worker)
+        leases.open(worker, Opening(0, 0, 10, "order"))
+    held = leases.take(1, 2).leases
+    assert leases.hear(0, {"epoch": True})["stopped"] is False
+    leases.hear(0, {"stop": True})
+    leases.use(1, held)
+    assert leases.done == 2
+    assert leases.take(1, 2) == Grant([])
+    assert leases.hear(1, {"epoch": True})["stopped"] is True
+    later.load(leases.state())
+    later.join(0)
+    later.open(0, Opening(0, 0, 10, "order"))
+    assert later.take(0, 1) == Grant([])

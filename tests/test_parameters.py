@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader, TensorDataset
 
 import offbeat as ob
 from offbeat.runtime.parameters import Parameters
@@ -166,3 +167,32 @@ def test_the_state_that_would_be_shipped(method: ob.Method) -> None:
     replica.leave()
     assert torch.equal(replica.model_state()["0.weight"], model[0].weight)
     assert replica.main
+
+
+@pytest.mark.parametrize("method", [ob.methods.DanaZero(0.1), ob.methods.LocalSGD(period=4)], ids=lambda m: m.name)
+def test_in_the_middle_of_a_pass_the_model_holds_what_would_be_shipped(method: ob.Method) -> None:
+    """And what it held before afterwards, gradients too: training goes on as if nobody had looked."""
+    found = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+        replica = ob.Replica(model, method)
+        for k, (x,) in enumerate(replica.shard(DataLoader(TensorDataset(torch.randn(48, 4)), 8))):
+            model(x).square().sum().backward()
+            if looks and k % 2:
+                before, gradients = (
+                    [p.detach().clone() for p in model.parameters()],
+                    [p.grad for p in model.parameters()],
+                )
+                with replica.shipped():
+                    shown = torch.cat([p.detach().flatten() for p in model.parameters()])
+                    with replica.shipped():
+                        pass
+                    assert torch.equal(shown, replica.worker.master())
+                assert all(map(torch.equal, before, model.parameters()))
+                assert all(a is p.grad for a, p in zip(gradients, model.parameters(), strict=True))
+            replica.step()
+        replica.leave()
+        with replica.shipped():
+            found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*found)

@@ -452,6 +452,82 @@ def ahead(items: Iterable[Any]) -> Iterator[Any]:
     yield now
 
 
+@pytest.mark.parametrize(
+    "data", [loader(22), [*range(11)], loader(22, num_workers=1)], ids=["loader", "list", "process"]
+)
+def test_minibatches_of_one_step_are_dealt_out_together(serve: Serve, data: Any) -> None:
+    """Three to a step, and two in the last one, as one process makes them: whoever leaves in a step gives back all of it."""
+    run = serve(terms())
+    a, b = crew(run)
+    shards = [replica.shard(data, accumulate=3) for replica in (a, b)]
+    assert [len(shard) for shard in shards] == [4, 4]
+    first, second = map(iter, shards)
+    seen = [next(second), next(second)]
+    for _ in seen:
+        step(b, torch.ones(1, 1))
+        assert b.passes.position in (1, 2, 3)
+    next(first)
+    a.leave(done=False)
+    for found in second:
+        step(b, torch.ones(1, 1))
+        seen.append(found)
+    b.leave()
+    assert sorted(len(found) for found in seen) == [2, 3, 3, 3]
+    assert b.passes.position == 4
+    items = [x for found in seen for x in found]
+    numbers = items if isinstance(data, list) else flat(x.flatten().int().tolist() for (x,) in items)
+    assert sorted(numbers) == [*range(11 if isinstance(data, list) else 22)]
+
+
+def test_a_stream_is_dealt_out_by_steps_too(serve: Serve) -> None:
+    run = serve(terms())
+    a, b = crew(run)
+    assert [list(replica.shard(iter(range(7)), accumulate=2)) for replica in (a, b)] == [
+        [[0, 1], [4, 5]],
+        [[2, 3], [6]],
+    ]
+    leave(run, a, b)
+
+
+def test_a_pass_goes_on_where_a_checkpoint_was_taken(serve: Serve) -> None:
+    """The first minibatches are nobody's; the order of the others is that of a whole pass, and the next one is whole."""
+    whole = alone()
+    order = [flat(walk(whole, whole.shard(loader(), epoch=epoch))) for epoch in (2, 3)]
+    whole.leave()
+    run = serve(terms())
+    a, b = crew(run)
+    seen = together(walk(a, a.shard(loader(), epoch=2, skip=5)), walk(b, b.shard(loader(), epoch=2, skip=5)))
+    assert sorted(flat(seen)) == sorted(order[0][10:])
+    assert a.passes.run_epoch() == 3
+    b.leave()
+    shard = a.shard(loader(), epoch=3, skip=2)
+    seen = [flat(walk(a, shard))]
+    assert sorted(seen[0]) == sorted(order[1][4:])
+    assert len(flat(walk(a, shard))) == N, "the next walk over it is a whole one"
+    for wrong in ({"skip": -1}, {"skip": 1.5}, {"accumulate": 0}, {"accumulate": "2"}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"shard: {name} = {value!r}: it must be a whole number from"):
+            a.shard(loader(), **wrong)  # type: ignore[call-overload]
+    leave(run, a)
+
+
+def test_a_worker_ends_the_run_for_all(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    run = serve(terms())
+    a, b = crew(run)
+
+    def epochs(replica: ob.Replica) -> Iterator[list[int]]:
+        for epoch in replica.epochs(50):
+            yield from walk(replica, replica.shard(loader()))
+            if replica.main and epoch == 1:
+                replica.stop()
+
+    seen = together(epochs(a), epochs(b))
+    assert len(flat(seen)) in range(2 * N, 2 * N + 8)  # and what the other had been given already
+    assert list(b.shard(loader())) == []
+    assert "nothing is left" not in caplog.text
+    leave(run, a, b)
+
+
 def test_what_reads_ahead_ends_a_pass_at_the_shipped_parameters_as_well() -> None:
     """It comes to the pass's end before the last step is taken."""
     replica = alone(ob.methods.DanaZero(lr=0.1))

@@ -34,6 +34,9 @@ TEXT = Port("text", 600, "val loss", 0.945, 1.008)
 GAN = Port("gan", 12 * 112, "distance", 1.789, 2.348)
 PPO = Port("ppo", 60 * 16, "length", 152.8, 500.0)
 IMAGES = Port("images", 12 * 44, "best", 94.458, 96.977)
+TEXT_HF = Port("huggingface", 4 * 40, "validation loss", 0.0, 9.0)
+DIGITS = Port("lit", 10 * 44, "accuracy", 0.0, 100.0)
+NEEDS = {"ppo": "gymnasium", "huggingface": "transformers", "lit": "lightning"}
 LOCAL = "LocalSGD(Local(SGD(0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)), period=4)"
 RUNS = [
     (TEXT, "async-local-sgd(period=5)"),
@@ -44,10 +47,14 @@ RUNS = [
     (PPO, "local-sgd(period=16)"),
     (IMAGES, "dana-zero(lr=0.05, weight_decay=1e-4)"),
     (IMAGES, LOCAL),
+    (TEXT_HF, "async-adam"),
+    (TEXT_HF, "diloco(period=10)"),
+    (DIGITS, "dana-zero(weight_decay=1e-4)"),
+    (DIGITS, "local-sgd(period=4)"),
 ]
 
 
-@pytest.mark.parametrize("port", [TEXT, GAN, PPO, IMAGES], ids=lambda port: port.name)
+@pytest.mark.parametrize("port", [TEXT, GAN, PPO, IMAGES, TEXT_HF, DIGITS], ids=lambda port: port.name)
 def test_at_most_five_lines_make_a_plain_script_one_of_many_workers(port: Port) -> None:
     plain, ours = ((PORTS / f"{port.name}{end}.py").read_text().splitlines() for end in ("_plain", ""))
     changes = [line for line in difflib.ndiff(plain, ours) if line[0] in "+-" and line[2:].strip()]
@@ -62,8 +69,8 @@ def test_three_workers_of_which_one_is_killed_learn_the_same(processes: Processe
     """On as many minibatches; the one that is killed comes back. The figure, at those that are not, is no further from
     those of five plain runs than they are from each other.
     """
-    if port is PPO and importlib.util.find_spec("gymnasium") is None:
-        pytest.skip("gymnasium is not installed")
+    if (needed := NEEDS.get(port.name)) and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
     out = processes.folder / "run"
     launch = ("launch", "--workers", "3", "--out", str(out), "--method", method, str(PORTS / f"{port.name}.py"))
     process = processes.offbeat(*launch, "--seed", "1", OMP_NUM_THREADS="1")

@@ -20,6 +20,7 @@ from offbeat.core.schedule import Schedule
 from offbeat.engines.replay import replay
 from offbeat.runtime.host import Terms
 from offbeat.runtime.message import Corrupt
+from offbeat.runtime.optimizer import Offered
 from offbeat.runtime.worker import Worker
 
 STEPS = 96
@@ -205,6 +206,66 @@ def test_the_groups_are_those_of_the_script_s_optimizer() -> None:
     scheduler.step()
     assert [group["lr"] for group in sgd.param_groups] == [0.05, 0.1]
     replica.leave()
+
+
+def test_an_optimizer_that_is_offered_steps_where_workers_step() -> None:
+    """As one that is given does."""
+    found = []
+    for offer in (lambda sgd: sgd, Offered):
+        model = net()
+        sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        found.append(train(model, ob.Replica(model, ob.methods.LocalSGD(period=2), optimizer=offer(sgd)), exponential))
+        assert len(sgd.state) == 2
+    assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Detected call of"
+)  # the scheduler counts the steps of the optimizer that takes none
+def test_an_optimizer_that_is_offered_gives_a_server_its_rate(caplog: pytest.LogCaptureFixture) -> None:
+    """And its schedule, whichever of the two the scheduler turns."""
+    plain = net()
+    expected = train(plain, torch.optim.Adam(plain.parameters(), 0.02), exponential)
+    for whose in ("replica", "optimizer"):
+        model = net()
+        own = torch.optim.AdamW(model.parameters(), 0.02)
+        replica = ob.Replica(model, ob.methods.AsyncAdam(), optimizer=Offered(own))
+        assert replica.param_groups is own.param_groups
+        found = train(model, replica, lambda o, own=own, whose=whose: exponential(o if whose == "replica" else own))  # type: ignore[misc]
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert not own.state
+    assert (
+        caplog.text.count("AsyncAdam takes the steps: of AdamW the learning rate counts (0.02), and nothing else") == 2
+    )
+
+
+def test_what_cannot_be_meant_by_an_offer_is_refused() -> None:
+    model = net()
+    weight, bias = model.parameters()
+    adam = torch.optim.AdamW([weight, bias], 0.02)
+    two = [torch.optim.SGD([p], 0.1) for p in (weight, bias)]
+    for method, offered, why in (
+        (
+            ob.methods.DanaZero(0.3),
+            Offered(adam),
+            "DanaZero has the learning rate 0.3, and AdamW has 0.02: leave the method's",
+        ),
+        (
+            ob.methods.Overlap(ob.methods.DanaZero(0.3)),
+            Offered(adam),
+            "Overlap has the learning rate 0.3, and AdamW has 0.02",
+        ),
+        (ob.methods.DanaZero(), Offered(*two), "this script has 2 optimizers: take a method whose workers step"),
+        (
+            ob.methods.DanaZero(),
+            Offered(torch.optim.SGD([{"params": [weight], "lr": 0.1}, {"params": [bias], "lr": 0.2}])),
+            r"DanaZero steps all parameters at one learning rate, and the groups of param_groups have \[0.1, 0.2\]",
+        ),
+        (ob.methods.ASGD(0.1 * ob.Warmup(5)), Offered(adam), "the rate of ASGD is a schedule of its own"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            ob.Replica(model, method, optimizer=offered)
+    ob.Replica(model, ob.methods.DanaZero(0.02), optimizer=Offered(adam)).leave()
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,8 @@ class Leases:
 
     def __init__(self, total: int | None = None) -> None:
         self.total, self.done, self.out = total, 0, 0
+        self.stopped = False  # a worker has ended the run for all: nothing more is given
+        self.skipped = 0  # minibatches that count as done from before the run
         self.epochs: int | None = None  # that the scripts make, as far as a worker has said so
         self.lengths: dict[int, int] = {}  # minibatches in the last pass of each series of an epoch
         self.passes: dict[Key, Pass] = {}
@@ -182,6 +184,14 @@ class Leases:
             heapq.heapify(there.returned)
             self._close(key)
 
+    def skip(self, key: Key, count: int) -> None:
+        """The first ``count`` minibatches of a pass were used before the run, if it has given none of it."""
+        there = self.passes.get(key)
+        if there is not None and there.next == 0:
+            there.next = int(min(count, there.end))
+            self.skipped += there.next
+            self._close(key)
+
     # leases
 
     def take(self, worker: int, count: int, fed: bool = True, own: bool = False) -> Grant:
@@ -191,7 +201,7 @@ class Leases:
         opening = self.at.get(worker)
         if self.total is not None:
             count = min(count, self.total - self.done - self.out)
-        if opening is None or worker not in self.held or count < 1:
+        if self.stopped or opening is None or worker not in self.held or count < 1:
             return Grant([])
         mine = self.passes.get(opening.key)
         if mine is not None and (taken := self._draw(worker, opening.key, count)):
@@ -266,7 +276,9 @@ class Leases:
     @property
     def expected(self) -> int | None:
         """How many minibatches the whole run uses, as far as that is known: all of ``total``, or of the epochs."""
-        epochs = None if self.epochs is None or not self.lengths else self.epochs * sum(self.lengths.values())
+        epochs = None
+        if self.epochs is not None and self.lengths:
+            epochs = self.epochs * sum(self.lengths.values()) - self.skipped
         return min((n for n in (self.total, epochs) if n is not None), default=None)
 
     # what is said over links, and kept
@@ -285,10 +297,13 @@ class Leases:
             if type(end) is not int:
                 raise ValueError(f"a pass of {str(end)[:100]} minibatches")
             self.end(self.at[worker].key, end)
+        if type(skip := note.get("skip")) is int and skip > 0 and worker in self.at:
+            self.skip(self.at[worker].key, skip)
+        self.stopped |= note.get("stop") is True
         if note.get("epoch"):
             if type(epochs := note.get("of")) is int and epochs > 0:
                 self.epochs = max(epochs, self.epochs or 0)  # a script that goes on by its own checkpoint makes fewer
-            return {"epoch": self.epoch()}
+            return {"epoch": self.epoch(), "stopped": self.stopped}
         want = want if type(want) is int and 0 <= want <= 10_000 else 1
         grant = self.take(worker, want, note.get("fed") is not False, bool(note.get("own")))
         here = self.at.get(worker)
@@ -313,11 +328,19 @@ class Leases:
             for key, there in self.passes.items()
         ]
         over = {series: sorted(numbers) for series, numbers in self.over.items()}
-        return {"done": self.done, "passes": passes, "first": dict(self.first), "over": over}
+        return {
+            "done": self.done,
+            "passes": passes,
+            "first": dict(self.first),
+            "over": over,
+            "skipped": self.skipped,
+            "stopped": self.stopped,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a `state`, with nobody there."""
         self.done, self.first = state["done"], dict(state["first"])
+        self.skipped, self.stopped = state.get("skipped", 0), state.get("stopped", False)
         self.over = {series: set(numbers) for series, numbers in state["over"].items()}
         for about in state["passes"]:
             there = self.passes[about["key"][0], about["key"][1]] = Pass(about["length"], about["order"])

@@ -20,6 +20,7 @@ from ..core.protocol import Server
 from ..core.rates import Dial, dial_of, rate_of, with_rate
 from ..core.schedule import Schedule
 from ..core.tree import leaves
+from ..log import WORKER
 from ..tasks.flat import local
 from .edits import OtherSteps
 from .parameters import Parameters
@@ -69,6 +70,38 @@ class Several:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+
+
+class Offered:
+    """An optimizer that takes the steps where the method lets workers step, and else has its learning rate only.
+
+    For scripts that have an optimizer in any case, as those of a Trainer have, and whose method may be any. ``DanaZero()`` then steps
+    at the rate, and by the schedule, of the script's ``SGD(lr=0.1)``; its momentum and weight decay are its own. A method with
+    a rate of its own must have the same one.
+    """
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizer: Any = optimizers[0] if len(optimizers) == 1 else Several(optimizers)
+
+    def instead(self, method: Method) -> str:
+        """What to say where ``method`` takes the steps in the place of the optimizer. ``ValueError`` where that cannot be meant."""
+        kind, name = type(method).__name__, type(self.optimizer).__name__
+        if isinstance(self.optimizer, Several):
+            raise ValueError(
+                f"{kind} takes one step on the gradient of the whole model, and this script has {len(self.optimizer.optimizers)} "
+                "optimizers: take a method whose workers step themselves, such as LocalSGD"
+            )
+        inner = method
+        while part := next((p for f in fields(inner) if isinstance(p := getattr(inner, f.name), Method)), None):
+            inner = part
+        group, own, usual = self.optimizer.param_groups[0], rate_of(method), rate_of(type(inner)())
+        rate = float(group.get("initial_lr", group["lr"]))
+        if not isinstance(own, Schedule) and own not in (usual, rate):
+            raise ValueError(
+                f"{kind} has the learning rate {own:g}, and {name} has {rate:g}: leave the method's out, which takes that of the "
+                "optimizer, or make them equal"
+            )
+        return f"{kind} takes the steps: of {name} the learning rate counts ({rate:g}), and nothing else"
 
 
 class States(Mapping[Tensor, Any]):
@@ -322,7 +355,8 @@ class Lending:
     """Puts what the script steps by into the method of each life of a worker: ``optimizer``, or else the rate that it sets."""
 
     def __init__(self, optimizer: Any, flat: Parameters, others: OtherSteps) -> None:
-        self.optimizer, self.flat, self.others = optimizer, flat, others
+        self.offered = optimizer if isinstance(optimizer, Offered) else None
+        self.optimizer, self.flat, self.others = None if self.offered else optimizer, flat, others
         self.rule: UserRule | None = None
         """The optimizer as the rule of this life."""
         self.rate = math.nan
@@ -330,6 +364,11 @@ class Lending:
         self._dial: Dial | None = None  # None: the method's rate is a schedule, or it has none
 
     def __call__(self, method: Method) -> Method:
+        if self.offered is not None:
+            if with_rule(method, UserRule()) is not None:
+                self.optimizer = self.offered.optimizer
+            elif math.isnan(self.rate):
+                WORKER.warning(self.offered.instead(method))
         if self.optimizer is not None:
             method, self.rule = lent(method, self.optimizer, self.flat, self.others)
             return method
@@ -338,10 +377,15 @@ class Lending:
             self._dial = dial_of(method)
         return method if self._dial is None else with_rate(method, self._dial)
 
-    def set_rate(self, lr: float, method: Method) -> bool:
-        """The script wants the rate ``lr`` from its next gradient on; whether that is another one. ``ValueError`` where ``method``
-        cannot have it."""
-        lr = float(lr)
+    def set_rate(self, groups: list[dict[str, Any]], method: Method) -> bool:
+        """The script wants the rate of ``groups`` from its next gradient on; whether that is another one. ``ValueError`` where
+        ``method`` cannot have it."""
+        lr = float(groups[0]["lr"])
+        if len(groups) > 1 and len(rates := sorted({float(group["lr"]) for group in groups})) > 1:
+            raise ValueError(
+                f"{type(method).__name__} steps all parameters at one learning rate, and the groups of param_groups have {rates}: "
+                "give them one, or take a method whose workers step themselves, such as LocalSGD"
+            )
         if lr == self.rate:
             return False
         if self._dial is None:
@@ -353,6 +397,11 @@ class Lending:
             raise ValueError(f"lr = {lr} in param_groups: must be a finite number, at least 0")
         self._dial.value = self.rate = lr
         return True
+
+    @property
+    def holder(self) -> Any:
+        """The script's own optimizer, whose groups and state are the replica's; None where it has none."""
+        return self.optimizer if self.offered is None else self.offered.optimizer
 
     @property
     def own_steps(self) -> bool:

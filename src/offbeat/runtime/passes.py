@@ -6,9 +6,9 @@ making minibatches in their own way: only their batch sampler is another one, wh
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sa
 from ..core.seeds import derive
 from .leases import COUNTED, Key, Lease, Opening
 from .orders import GeneratorStates, Order, digest, kept
+from .schedulers import bring
 from .team import Team
 
 if TYPE_CHECKING:
@@ -35,22 +36,26 @@ class Items:
     """A sequence, or a data set of which any item can be had: item i is minibatch i, and each rank of a group gets its own."""
 
     kind = "sequence"
+    owners = ()
 
     def __init__(self, data: Any, team: Team) -> None:
-        self.data, self.team = data, team
+        self.data, self.team, self.ranks, self.name = data, team, team.size, type(data).__name__
         self.length = len(data) // team.size
         if len(data) and not self.length:
             raise ValueError(f"shard: the {type(data).__name__} has {len(data)} items, and there are {team.size} ranks")
 
-    def order(self, key: Key, seed: int) -> Order:
-        size = self.team.size
-        return Order(lambda: ([i * size + self.team.rank] for i in range(self.length)), seed, [])
+    def listed(self) -> Iterator[list[Any]]:
+        return ([i * self.team.size + self.team.rank] for i in range(self.length))
+
+    def short(self, indices: list[Any]) -> bool:
+        """Whether there is not one example for each rank."""
+        return len(indices) * self.ranks < self.team.size
 
     def digest(self, order: Order) -> str:
         with order.streams():
             return f"{self.kind} {digest(self.data[0]) if self.length else ''}"
 
-    def feed(self, part: Part) -> Iterator[Any]:
+    def feed(self, part: Iterable[list[Any]]) -> Iterator[Any]:
         return (self.data[i] for (i,) in part) if self.length else iter(())
 
 
@@ -63,7 +68,8 @@ class Batches:
         self, loader: DataLoader[Any], replica: Replica, clones: weakref.WeakKeyDictionary[Any, tuple[Any, Deal]]
     ) -> None:
         self.loader, self.team, self.clones, self.member = loader, replica.team, clones, replica._member
-        self.batched = loader.batch_sampler is not None
+        self.name, self.batched = type(loader).__name__, loader.batch_sampler is not None
+        self.ranks = 1 if self.batched else self.team.size
         samplers: tuple[Any, Any] = loader.sampler, loader.batch_sampler
         self.sampler = samplers[self.batched]
         self.owners = [loader, *_samplers(loader.sampler), *_samplers(loader.batch_sampler)]
@@ -71,27 +77,28 @@ class Batches:
             raise ValueError("the loader has a DistributedSampler: give one without, `shard` does its work")
         self.length: int | None = None
         with suppress(TypeError, NotImplementedError):  # of a sampler that has none
-            self.length = len(self.sampler) // (1 if self.batched else self.team.size)
+            self.length = len(self.sampler) // self.ranks
         if self.length == 0:
             examples = len(loader.dataset)  # type: ignore[arg-type]
             raise ValueError(f"the loader has no minibatch ({examples} examples): choose a smaller batch")
 
-    def order(self, key: Key, seed: int) -> Order:
-        return Order(self._listed, seed, self.owners)
-
-    def _listed(self) -> Iterator[list[Any]]:
+    def listed(self) -> Iterator[list[Any]]:
         if self.batched:
             return (list(batch) for batch in self.sampler)
         size, indices = self.team.size, iter(self.sampler)
         groups = iter(lambda: list(islice(indices, size)), [])
         return (group[self.team.rank : self.team.rank + 1] for group in groups if len(group) == size)
 
+    def short(self, indices: list[Any]) -> bool:
+        """Whether there is not one example for each rank."""
+        return len(indices) * self.ranks < self.team.size
+
     def digest(self, order: Order) -> str:
         data = self.loader.dataset
         about = type(data).__qualname__, len(data) if isinstance(data, Sized) else None, self.batched
         return f"{self.kind} {order.digest()} {digest(about)}"
 
-    def feed(self, part: Part) -> Iterator[Any]:
+    def feed(self, part: Iterable[list[Any]]) -> Iterator[Any]:
         found = self.clones.get(self.loader)
         if found is None:
             deal = Deal(self.sampler)
@@ -133,6 +140,39 @@ class Deal(Sampler[Any]):
         return getattr(self.__dict__["original"], name)
 
 
+class Steps:
+    """The minibatches of another source, ``count`` for a step, or fewer for its last one: each item is a list of them."""
+
+    def __init__(self, source: Items | Batches, count: int) -> None:
+        self.source, self.count, self.owners, self.name = source, count, source.owners, source.name
+        self.length = None if source.length is None else math.ceil(source.length / count)
+
+    def listed(self) -> Iterator[list[Any]]:
+        whole = (indices for indices in self.source.listed() if not self.source.short(indices))
+        return iter(lambda: list(islice(whole, self.count)), [])
+
+    def short(self, step: list[Any]) -> bool:
+        return not step
+
+    def digest(self, order: Order) -> str:
+        return self.source.digest(order)
+
+    def feed(self, part: Iterable[list[Any]]) -> Iterator[list[Any]]:
+        due, found = deque[int](), list[Any]()
+
+        def minibatches() -> Iterator[Any]:
+            for step in part:
+                due.append(len(step))
+                yield from step
+
+        for minibatch in self.source.feed(minibatches()):
+            found.append(minibatch)
+            if due and len(found) >= due[0]:
+                due.popleft()
+                yield found
+                found = []
+
+
 def _samplers(sampler: Any) -> list[Any]:
     """A sampler and those inside of it."""
     found, todo = list[Any](), [sampler]
@@ -149,8 +189,8 @@ class Stream:
 
     kind = "stream"
 
-    def __init__(self, items: Iterable[Any], team: Team) -> None:
-        self.items, self.team = items, team
+    def __init__(self, items: Iterable[Any], team: Team, accumulate: int | None) -> None:
+        self.items, self.team, self.accumulate = items, team, accumulate
         for name, value in getattr(items, "__dict__", {}).items():
             if isinstance(value, DataLoader) and not isinstance(items, DataLoader):
                 raise ValueError(
@@ -165,11 +205,16 @@ class Stream:
         for k in range(sys.maxsize):
             try:
                 with streams():
-                    item = next(items)
+                    item = next(items) if self.accumulate is None else list(islice(items, self.accumulate))
             except StopIteration:
+                return
+            if self.accumulate is not None and not item:
                 return
             yield k % count == number, item
 
+
+Source = Items | Batches | Steps
+"""What is dealt out by leases."""
 
 # a worker's passes
 
@@ -196,12 +241,13 @@ class Passes:
         assert replica is not None
         return replica
 
-    def shard(self, data: Iterable[T], epoch: int | None) -> Shard[T]:
+    def shard(self, data: Iterable[Any], epoch: int | None, accumulate: int | None, skip: int) -> Shard[Any]:
         if isinstance(data, Shard):
             raise ValueError("shard: this is sharded already: give the loader itself")
-        if epoch is not None and (type(epoch) is not int or epoch < 0):
-            raise ValueError(f"shard: epoch = {epoch!r}: it must be a whole number from 0 on")
-        return Shard(self, data, epoch)
+        for name, value, least in (("epoch", epoch, 0), ("accumulate", accumulate, 1), ("skip", skip, 0)):
+            if value is not None and (type(value) is not int or value < least):
+                raise ValueError(f"shard: {name} = {value!r}: it must be a whole number from {least} on")
+        return Shard(self, data, epoch, accumulate, skip)
 
     def epochs(self, epochs: range, scheduler: Any = None) -> Iterator[int]:
         if epochs.step != 1 or epochs.start < 0:
@@ -212,13 +258,21 @@ class Passes:
             self.say("epoch", f"the run is at epoch {first}, and this worker begins there")
         try:
             for self.now in range(first, epochs.stop):
-                with warnings.catch_warnings():  # torch's, that no step was taken so far: by others it was
-                    warnings.filterwarnings("ignore", "Detected call of")
-                    while scheduler is not None and scheduler.last_epoch < self.now:
-                        scheduler.step()
+                if scheduler is not None:
+                    bring(scheduler, self.now)
                 yield self.now
+                if self.stopped():
+                    return
         finally:
             self.now = None
+
+    def run_epoch(self) -> int:
+        """The epoch that the run is in."""
+        return int(self.ask({"epoch": True})["epoch"])
+
+    def stopped(self) -> bool:
+        """Whether a worker has ended the run for all."""
+        return not self.replica.worker.left and bool(self.ask({"epoch": True})["stopped"])
 
     def key(self, epoch: int | None) -> Key:
         """A new pass begins: its series and number."""
@@ -231,14 +285,15 @@ class Passes:
         self.begun += 1
         return self.begun - 1, epoch
 
-    def source(self, data: Any) -> Items | Batches | Stream:
+    def source(self, data: Any, accumulate: int | None) -> Source | Stream:
         """How ``data`` can be shared."""
-        team = self.replica.team
-        if isinstance(data, DataLoader):
-            stream = isinstance(data.dataset, IterableDataset)
-            return Stream(data, team) if stream else Batches(data, self.replica, self.clones)
+        team, batched = self.replica.team, isinstance(data, DataLoader)
         sized = hasattr(type(data), "__len__") and hasattr(type(data), "__getitem__")
-        return Items(data, team) if sized and not isinstance(data, Mapping | IterableDataset) else Stream(data, team)
+        stream = isinstance(data.dataset, IterableDataset) if batched else not sized
+        if stream or isinstance(data, Mapping | IterableDataset):
+            return Stream(data, team, accumulate)
+        source = Batches(data, self.replica, self.clones) if batched else Items(data, team)
+        return source if accumulate is None else Steps(source, accumulate)
 
     def say(self, what: str, text: str) -> None:
         """Say something once of its kind."""
@@ -254,8 +309,8 @@ class Passes:
             raise ValueError(answer["refused"])
         return answer
 
-    def go(self, replica: Replica, source: Items | Batches | Stream, key: Key) -> Iterator[Any]:
-        """This worker's minibatches of a pass; ``replica`` stays until their end."""
+    def go(self, replica: Replica, source: Source | Stream, key: Key, skip: int) -> Iterator[Any]:
+        """This worker's minibatches of a pass, but for the first ones; ``replica`` stays until their end."""
         member = replica._member
         member.check()
         member.unfinished = True
@@ -263,11 +318,14 @@ class Passes:
         replica._own()
         self.running += 1
         try:
-            yield from self._turns(source, key) if isinstance(source, Stream) else self._leased(source, key)
+            if isinstance(source, Stream):
+                yield from self._turns(source, key, skip)
+            else:
+                yield from self._leased(source, key, skip)
         finally:
             self.running -= 1
-        if key[0] <= 0:  # the first pass of its epoch, or one that is counted
-            self.over = max(self.over, key[1] + 1)
+            if key[0] <= 0:  # the first pass of its epoch, or one that is counted
+                self.over = max(self.over, key[1] + 1)
         with member.turn():
             replica._show()
             replica._ended = True
@@ -278,9 +336,11 @@ class Passes:
         self.taken += 1
         self.position = max(self.position, position)
 
-    def _leased(self, source: Items | Batches, key: Key) -> Iterator[Any]:
+    def _leased(self, source: Source, key: Key, skip: int) -> Iterator[Any]:
         worker, part, whole = self.replica.worker, Part(self, source, key), False
         self.parts.append(part)
+        if skip:
+            self.ask({"open": part.opening, "want": 0, "skip": skip})
         try:
             for batch in source.feed(part):
                 self.replica._own()  # the link may have been mended while the minibatch was asked for
@@ -294,7 +354,7 @@ class Passes:
             worker.close(part.opening, whole)
             worker.back.extend(lease for life, lease, _ in part.drawn if life == worker.life)
 
-    def _turns(self, source: Stream, key: Key) -> Iterator[Any]:
+    def _turns(self, source: Stream, key: Key, skip: int) -> Iterator[Any]:
         replica, team = self.replica, self.replica.team
         kind = type(source.items).__name__
         self.say(
@@ -305,11 +365,16 @@ class Passes:
         count = replica.worker.terms.workers * team.size
         number = (replica.id * team.size + team.rank) % count
         streams, first, before = GeneratorStates(derive(replica.worker.terms.seed, *key), []), True, self.position
+        asked = time.monotonic()
         for k, (mine, item) in enumerate(source.deal(number, count, streams)):
             if first:
                 first, opening = False, Opening(*key, None, f"{source.kind} {digest(item)}")
                 self.ask({"open": opening, "want": 0})
-            if mine:
+            if mine and k >= skip * team.size:
+                if time.monotonic() > asked + 1.0:
+                    asked = time.monotonic()
+                    if self.stopped():
+                        return
                 replica._own()
                 self.reach(before + (k + 1) // team.size)
                 yield item
@@ -318,24 +383,21 @@ class Passes:
 class Part:
     """One worker's part of one pass: what it draws, until it is used."""
 
-    def __init__(self, passes: Passes, source: Items | Batches, key: Key) -> None:
+    def __init__(self, passes: Passes, source: Source, key: Key) -> None:
         self.passes, self.source, self.worker = passes, source, passes.replica.worker
         self.order = self._order(key)
         self.opening = Opening(*key, source.length, source.digest(self.order))
         self.other: tuple[Key, Order | None] = (key, self.order)  # the last pass of which something was drawn
-        self.ranks = (
-            1 if isinstance(source, Batches) and source.batched else passes.replica.team.size
-        )  # that share an index
         self.fed = self.own = False  # whether it has had something, and takes nothing of other passes
         self.drawn: deque[tuple[int, Lease, list[Any]]] = deque()  # and not begun, and in which life of the worker
 
     def _order(self, key: Key) -> Order:
-        return self.source.order(key, derive(self.worker.terms.seed, *key))
+        return Order(self.source.listed, derive(self.worker.terms.seed, *key), list(self.source.owners))
 
     def __iter__(self) -> Iterator[list[Any]]:
         while (drawn := self._draw()) is not None:
             lease, indices = drawn
-            if len(indices) * self.ranks < self.passes.replica.team.size:  # not one example for each rank
+            if self.source.short(indices):
                 self.worker.use(lease)
                 continue
             self.drawn.append((self.worker.life, lease, indices))
@@ -345,9 +407,8 @@ class Part:
         """A minibatch has been loaded; whether it is to be used, which it is not if another worker has got it meanwhile."""
         if not self.drawn:
             if not self.fed:
-                kind = type(self.source.loader).__name__ if isinstance(self.source, Batches) else "loader"
                 raise ValueError(
-                    f"shard: the {kind} gives minibatches without drawing them from its batch_sampler, so that they cannot be "
+                    f"shard: the {self.source.name} gives minibatches without drawing them from its batch_sampler, so that they cannot be "
                     "dealt out: shard a DataLoader that makes its iterator when it is gone over"
                 )
             return True  # it gives several for each that it draws
@@ -390,7 +451,7 @@ class Part:
                 self.fed = True
                 return lease, indices
             worker.back.append(lease)
-        if not self.fed and not worker.left:
+        if not self.fed and not worker.left and not self.passes.stopped():
             self.passes.say(
                 "nothing",
                 f"shard: of pass {self.opening.number} nothing is left for this worker, and its loop's body does not run; "
@@ -402,7 +463,7 @@ class Part:
         """The indices of a minibatch; None where there is none, or not in this order."""
         if lease.key != self.opening.key:
             if self.other[0] != lease.key:
-                with kept(self.source.owners if isinstance(self.source, Batches) else []):
+                with kept(list(self.source.owners)):
                     order = self._order(lease.key)
                     self.other = lease.key, order if self.source.digest(order) == self.worker.order else None
             if self.other[1] is None:
@@ -433,16 +494,19 @@ class Shard(Generic[T]):
     Its length is that of the whole pass, of which this worker gets a part. Other attributes are the loader's.
     """
 
-    def __init__(self, passes: Passes, data: Iterable[T], epoch: int | None) -> None:
-        self._passes, self._data, self._epoch = passes, data, epoch
+    def __init__(
+        self, passes: Passes, data: Iterable[Any], epoch: int | None, accumulate: int | None, skip: int
+    ) -> None:
+        self._passes, self._data, self._epoch, self._accumulate, self._skip = passes, data, epoch, accumulate, skip
         self._replica = passes.replica  # which stays as long as this does
-        self._source = passes.source(data)
+        self._source = passes.source(data, accumulate)
 
     def __iter__(self) -> Iterator[T]:
-        return self._passes.go(self._replica, self._source, self._passes.key(self._epoch))
+        skip, self._skip = self._skip, 0
+        return self._passes.go(self._replica, self._source, self._passes.key(self._epoch), skip)
 
     def __len__(self) -> int:
-        return len(self._data)  # type: ignore[arg-type]
+        return math.ceil(len(self._data) / (self._accumulate or 1))  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_data"], name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ from .entry import enter
 from .exit import Member
 from .layout import layout_of, plain_name
 from .models import Model, called, one_module
-from .optimizer import Lending, Several, no_own_steps, stepped_beside
+from .optimizer import Lending, Offered, Several, no_own_steps, stepped_beside
 from .parameters import Parameters
 from .passes import Passes, Shard
 from .place import Place
-from .schedulers import RunScheduler
+from .schedulers import Count, RunScheduler
 from .shared_state import Shared
 from .statistics import Statistics
 from .streams import seed_streams
@@ -88,7 +88,7 @@ class Replica(Optimizer):
         method: Method | None = None,
         *,
         default: Method | None = None,
-        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | Offered | None = None,
         group: ProcessGroup | None = None,
         place: Place | None = None,
         buffers: Literal["fresh", "average", "first", "own"] = "fresh",
@@ -96,7 +96,8 @@ class Replica(Optimizer):
         """``default`` is the method where neither launcher nor run has another, in the place of ``method``, which must be theirs.
         ``optimizer`` takes the local steps in the place of the method's rule: one of ``torch.optim``, several in a list that each have
         some of the parameters (the first one's rate is that which the method counts with), or an object of your own with
-        ``param_groups``, ``state`` and ``step``. ``group`` are the ranks that together are
+        ``param_groups``, ``state`` and ``step``. One that is `Offered` does so where the method lets workers step, and else has its
+        learning rate only. ``group`` are the ranks that together are
         this worker, with the model in `DistributedDataParallel` or after ``fully_shard``. ``place`` is where the run is
         (None: what the environment says).
 
@@ -194,12 +195,12 @@ class Replica(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the script's own optimizer; without one the rate alone, as the rest is the run's."""
-        own = self._lending.optimizer
+        own = self._lending.holder
         return super().state_dict() if own is None else own.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what `state_dict` has given."""
-        own = self._lending.optimizer
+        own = self._lending.holder
         if own is None:
             super().load_state_dict(state_dict)
         else:
@@ -317,7 +318,19 @@ class Replica(Optimizer):
         """Drop the gradients, as an optimizer does; `step` has done so already."""
         self.flat.zero_grad(set_to_none)
 
-    def shard(self, loader: Iterable[T], epoch: int | None = None) -> Shard[T]:
+    @overload
+    def shard(
+        self, loader: Iterable[T], epoch: int | None = None, *, accumulate: None = None, skip: int = 0
+    ) -> Shard[T]: ...
+
+    @overload
+    def shard(
+        self, loader: Iterable[T], epoch: int | None = None, *, accumulate: int, skip: int = 0
+    ) -> Shard[list[T]]: ...
+
+    def shard(
+        self, loader: Iterable[Any], epoch: int | None = None, *, accumulate: int | None = None, skip: int = 0
+    ) -> Shard[Any]:
         """``loader``'s minibatches, shared with all workers: each goes to the one that is free. Going over the result is one pass
         over the data, going over it again is the next.
 
@@ -333,7 +346,12 @@ class Replica(Optimizer):
         it anew.
 
         Passes are numbered by how many this script has begun before, as all workers run the same one. A script that does not
-        begin with the first epoch, as it goes on from its own checkpoint, says ``epoch`` [0, 1, ...]; so does `epochs`.
+        begin with the first epoch, as it goes on from its own checkpoint, says ``epoch`` [0, 1, ...]; so does `epochs`. One that
+        goes on in the middle of a pass says how many minibatches to ``skip``; a run that is further goes on where it is.
+
+        With ``accumulate`` each item is a list of that many minibatches (fewer in the last one of a pass), for one step on all of
+        them. Lists are dealt out whole, so that no worker's part of a pass ends within a step; lengths, ``skip`` and positions
+        count them.
         ``break`` ends a pass for this worker only, and the next pass is a whole one. Each worker that is there gets at least
         one minibatch of a pass with enough of them. One that comes to a pass that is over, as it came late or was started
         again, gets one of the pass where the run is, so that the body of its loop has run; nothing where there is none.
@@ -343,7 +361,7 @@ class Replica(Optimizer):
 
         Raises ``ValueError`` for what cannot be shared, with what to write instead.
         """
-        return self.passes.shard(loader, epoch)
+        return self.passes.shard(loader, epoch, accumulate, skip)
 
     def epochs(self, *bounds: int, scheduler: Any = None) -> Iterator[int]:
         """The epochs from where the run is: ``for epoch in replica.epochs(20)``, or ``epochs(start, 20)`` as of ``range``.
@@ -359,6 +377,30 @@ class Replica(Optimizer):
         """
         return self.shard(range(count))
 
+    def stop(self) -> None:
+        """End the run for all workers, as where `main` finds that the model gets no better: nothing more is dealt out, passes of `shard`
+        come to their end, and loops over `epochs` too.
+        """
+        self.passes.ask({"stop": True})
+
+    @contextlib.contextmanager
+    def shipped(self) -> Iterator[None]:
+        """Inside of ``with``, the model holds the parameters that would be shipped now, to evaluate or save them in the middle of a
+        pass; afterwards, this worker's own, and the gradients that it had.
+        """
+        if self.worker.left or self._shown:
+            yield
+            return
+        gradients = [p.grad for p in self.flat.tensors]
+        with self._member.turn():
+            self._show()
+        try:
+            yield
+        finally:
+            self._own()
+            for p, gradient in zip(self.flat.tensors, gradients, strict=True):
+                p.grad = gradient
+
     def schedule(self, scheduler: S) -> S:
         """``scheduler``, of ``torch.optim.lr_scheduler``, such that its ``step()`` brings it to where the run is.
 
@@ -366,7 +408,7 @@ class Replica(Optimizer):
         minibatches, and after one by passes. All workers together then go through the schedule once, and one that is started
         again goes on at the run's place.
         """
-        return cast(S, RunScheduler(scheduler, self.passes))
+        return cast(S, RunScheduler(scheduler, Count(scheduler, self.passes)))
 
     def leave(self, done: bool = True) -> None:
         """Leave the run in good order, with the weights that the model has, and keeps. ``done`` says that this worker's work is: who is not done is
@@ -395,11 +437,11 @@ class Replica(Optimizer):
 
     def _share_groups(self) -> None:
         """`param_groups` and `state` are those of the script's own optimizer; without one the rate in them goes to the method."""
-        own = self._lending.optimizer
+        own, method = self._lending.holder, self.worker.terms.method
         if own is not None:
             self.param_groups, self.state = own.param_groups, own.state
             self.defaults = getattr(own, "defaults", {})
-        elif self._lending.set_rate(self.param_groups[0]["lr"], self.worker.terms.method):
+        if self._lending.optimizer is None and self._lending.set_rate(self.param_groups, method):
             self.worker.rate = self._lending.rate
 
     def _check(self) -> Optimizer | None:

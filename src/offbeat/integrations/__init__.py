@@ -1,0 +1,1 @@
+"""Training loops of other libraries, one module for each: import that one."""
