@@ -29,6 +29,7 @@ ARROWS: dict[str, tuple[set[str], set[str] | None]] = {
     "cpus": (set(), set()),
     "log": (set(), set()),
     "watch": ({"log", "plain", "tracking", "watch"}, set()),
+    "integrations": ({"core", "runtime"}, {"lightning", "torch", "transformers"}),
     "tracking": ({"log", "tracking", "watch"}, {"mlflow", "torch", "wandb"}),
     "engines": ({"core", "engines", "trace", "failure", "__version__"}, {"torch"}),
     "runtime": (

@@ -34,8 +34,8 @@ TEXT = Port("text", 600, "val loss", 0.945, 1.008)
 GAN = Port("gan", 12 * 112, "distance", 1.789, 2.348)
 PPO = Port("ppo", 60 * 16, "length", 152.8, 500.0)
 IMAGES = Port("images", 12 * 44, "best", 94.458, 96.977)
-TEXT_HF = Port("huggingface", 4 * 40, "validation loss", 0.0, 9.0)
-DIGITS = Port("lit", 10 * 44, "accuracy", 0.0, 100.0)
+TEXT_HF = Port("huggingface", 24 * 40, "validation loss", 1.2192, 1.2237)
+DIGITS = Port("lit", 10 * 44, "accuracy", 98.71, 99.74)
 NEEDS = {"ppo": "gymnasium", "huggingface": "transformers", "lit": "lightning"}
 LOCAL = "LocalSGD(Local(SGD(0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)), period=4)"
 RUNS = [

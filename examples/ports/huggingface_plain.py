@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer,
 @dataclass
 class Arguments(TrainingArguments):
     output_dir: str = "runs/huggingface"
-    num_train_epochs: float = 4
+    num_train_epochs: float = 24
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 64
     gradient_accumulation_steps: int = 2

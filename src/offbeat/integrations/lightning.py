@@ -13,7 +13,6 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -101,17 +100,16 @@ class OffbeatStrategy(SingleDeviceStrategy):
             self.optimizers = [self.replica]
         for config in self.lr_scheduler_configs:
             if not config.reduce_on_plateau:
-                config.scheduler = RunScheduler(config.scheduler, partial(self._due, config))  # type: ignore[assignment]
+                due = lambda config=config: self._due(config, self._loader.at, trainer.current_epoch + 1)  # noqa: E731
+                config.scheduler = RunScheduler(config.scheduler, due)  # type: ignore[assignment]
             elif self.replica.workers > 1:
                 raise ValueError(
                     f"{type(config.scheduler).__name__} goes by validation, which worker 0 alone does: take another scheduler"
                 )
 
-    def _due(self, config: Any, epochs: int | None = None) -> int:
-        """How many steps a scheduler is to have taken."""
-        trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]
-        epochs = trainer.current_epoch + 1 if epochs is None else epochs
-        return int((self._loader.at if config.interval == "step" else epochs) // config.frequency)
+    def _due(self, config: Any, steps: int, epochs: int) -> int:
+        """How many steps a scheduler is to have taken when the run has taken ``steps`` in ``epochs``."""
+        return int((steps if config.interval == "step" else epochs) // config.frequency)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]
@@ -176,10 +174,15 @@ class _Loader:
     def __init__(self, strategy: OffbeatStrategy, trainer: Any, loader: Any) -> None:
         self.strategy, self.trainer, self.loader = strategy, trainer, loader
         self.epoch = self.first = 0  # the run's steps before this epoch
-        self.at = 0  # and up to the minibatches before the one that is read ahead
         self.skip = self.given = 0
         self.walk: Iterator[Any] = iter(())  # over this epoch's minibatches
         self.read: Any = None  # the last of those that it has given
+
+    @property
+    def at(self) -> int:
+        """The run's steps up to the one that this worker is at, with it."""
+        assert self.strategy.replica is not None
+        return self.strategy.replica.passes.position
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "done": self.at - self.first}
@@ -201,7 +204,7 @@ class _Loader:
     def _walk(self) -> Iterator[Any]:
         replica, trainer, epoch = self.strategy.replica, self.trainer, self.trainer.current_epoch
         assert replica is not None
-        passes, accumulate, length = replica.passes, trainer.accumulate_grad_batches, None
+        accumulate, length = trainer.accumulate_grad_batches, None
         with contextlib.suppress(TypeError):  # of a stream
             length = math.ceil(len(self.loader) / accumulate)
         skip, self.skip = self.skip if epoch == self.epoch else 0, 0
@@ -209,17 +212,17 @@ class _Loader:
             length is not None and skip >= length
         ):  # saved after its last minibatch: the Trainer is about to begin the next one
             epoch, skip = epoch + 1, 0
-        self.epoch, self.first = epoch, passes.position if length is None else epoch * length
+        self.epoch, self.first = epoch, self.at if length is None else epoch * length
         limit, most = trainer.limit_train_batches, trainer.max_steps
         end = math.inf if most < 0 else most
         last = self.first + math.ceil(limit / accumulate) if isinstance(limit, int) else math.inf
-        for number, step in enumerate(replica.shard(self.loader, epoch, accumulate=accumulate, skip=skip)):
-            if passes.position > min(last, end):
-                break
-            self.at = passes.position - 1
-            for config in self.strategy.lr_scheduler_configs if number == 0 else ():  # of a worker that comes late
-                if isinstance(config.scheduler, RunScheduler):
-                    bring(config.scheduler, self.strategy._due(config, epoch))
+        steps = iter(replica.passes.shard(self.loader, epoch, accumulate, skip, ahead=True))
+        step, begun = next(steps, None), False
+        while step is not None and self.at < min(last, end):
             yield from step
-        self.at = passes.position
-        trainer.should_stop |= self.at >= end or passes.stopped()
+            step = next(steps, None)  # with which the one before is begun
+            for config in () if begun else self.strategy.lr_scheduler_configs:  # of a worker that comes late
+                if isinstance(config.scheduler, RunScheduler):
+                    bring(config.scheduler, self.strategy._due(config, self.at - 1, epoch))
+            begun = True
+        trainer.should_stop |= self.at >= end or replica.passes.stopped()

@@ -241,13 +241,16 @@ class Passes:
         assert replica is not None
         return replica
 
-    def shard(self, data: Iterable[Any], epoch: int | None, accumulate: int | None, skip: int) -> Shard[Any]:
+    def shard(
+        self, data: Iterable[Any], epoch: int | None, accumulate: int | None, skip: int, ahead: bool = False
+    ) -> Shard[Any]:
+        """See `Replica.shard`. ``ahead``: the loop asks for an item when it is about to begin the one before."""
         if isinstance(data, Shard):
             raise ValueError("shard: this is sharded already: give the loader itself")
         for name, value, least in (("epoch", epoch, 0), ("accumulate", accumulate, 1), ("skip", skip, 0)):
             if value is not None and (type(value) is not int or value < least):
                 raise ValueError(f"shard: {name} = {value!r}: it must be a whole number from {least} on")
-        return Shard(self, data, epoch, accumulate, skip)
+        return Shard(self, data, epoch, accumulate, skip, ahead)
 
     def epochs(self, epochs: range, scheduler: Any = None) -> Iterator[int]:
         if epochs.step != 1 or epochs.start < 0:
@@ -309,7 +312,7 @@ class Passes:
             raise ValueError(answer["refused"])
         return answer
 
-    def go(self, replica: Replica, source: Source | Stream, key: Key, skip: int) -> Iterator[Any]:
+    def go(self, replica: Replica, source: Source | Stream, key: Key, skip: int, ahead: bool) -> Iterator[Any]:
         """This worker's minibatches of a pass, but for the first ones; ``replica`` stays until their end."""
         member = replica._member
         member.check()
@@ -319,9 +322,9 @@ class Passes:
         self.running += 1
         try:
             if isinstance(source, Stream):
-                yield from self._turns(source, key, skip)
+                yield from self._turns(source, key, skip, ahead)
             else:
-                yield from self._leased(source, key, skip)
+                yield from self._leased(source, key, skip, ahead)
         finally:
             self.running -= 1
             if key[0] <= 0:  # the first pass of its epoch, or one that is counted
@@ -336,7 +339,7 @@ class Passes:
         self.taken += 1
         self.position = max(self.position, position)
 
-    def _leased(self, source: Source, key: Key, skip: int) -> Iterator[Any]:
+    def _leased(self, source: Source, key: Key, skip: int, ahead: bool) -> Iterator[Any]:
         worker, part, whole = self.replica.worker, Part(self, source, key), False
         self.parts.append(part)
         if skip:
@@ -344,9 +347,11 @@ class Passes:
         try:
             for batch in source.feed(part):
                 self.replica._own()  # the link may have been mended while the minibatch was asked for
-                if part.begin():
+                if ahead or part.begin():
                     self.replica._member.unfinished = True  # another pass, inside of this one, may have come to its end
                     yield batch
+                if ahead:
+                    part.begin()
             part.rest()
             whole = True
         finally:
@@ -354,7 +359,7 @@ class Passes:
             worker.close(part.opening, whole)
             worker.back.extend(lease for life, lease, _ in part.drawn if life == worker.life)
 
-    def _turns(self, source: Stream, key: Key, skip: int) -> Iterator[Any]:
+    def _turns(self, source: Stream, key: Key, skip: int, ahead: bool) -> Iterator[Any]:
         replica, team = self.replica, self.replica.team
         kind = type(source.items).__name__
         self.say(
@@ -376,8 +381,11 @@ class Passes:
                     if self.stopped():
                         return
                 replica._own()
-                self.reach(before + (k + 1) // team.size)
+                if not ahead:
+                    self.reach(before + (k + 1) // team.size)
                 yield item
+                if ahead:
+                    self.reach(before + (k + 1) // team.size)
 
 
 class Part:
@@ -495,15 +503,22 @@ class Shard(Generic[T]):
     """
 
     def __init__(
-        self, passes: Passes, data: Iterable[Any], epoch: int | None, accumulate: int | None, skip: int
+        self,
+        passes: Passes,
+        data: Iterable[Any],
+        epoch: int | None,
+        accumulate: int | None,
+        skip: int,
+        ahead: bool,
     ) -> None:
-        self._passes, self._data, self._epoch, self._accumulate, self._skip = passes, data, epoch, accumulate, skip
+        self._passes, self._data, self._epoch, self._accumulate = passes, data, epoch, accumulate
+        self._skip, self._ahead = skip, ahead
         self._replica = passes.replica  # which stays as long as this does
         self._source = passes.source(data, accumulate)
 
     def __iter__(self) -> Iterator[T]:
         skip, self._skip = self._skip, 0
-        return self._passes.go(self._replica, self._source, self._passes.key(self._epoch), skip)
+        return self._passes.go(self._replica, self._source, self._passes.key(self._epoch), skip, self._ahead)
 
     def __len__(self) -> int:
         return math.ceil(len(self._data) / (self._accumulate or 1))  # type: ignore[arg-type]
