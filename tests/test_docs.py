@@ -93,6 +93,7 @@ def names(pages: list[Path]) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in pages]
 
 
+@pytest.mark.filterwarnings("ignore:.*treespec", "ignore:The .* does not have many workers")  # Lightning's
 @pytest.mark.parametrize("page", names(PAGES))
 def test_python_on_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if Path(page).name in FREE:
