@@ -157,8 +157,12 @@ def api_pages() -> Iterator[tuple[str, str]]:
         text += [f"::: {left[name].__module__}.{left.pop(name).__name__}\n" for name in names]
         text += ["::: offbeat.engines.presets\n"] if page == "simulation" else []
         yield f"api/{page}.md", "\n".join(text)
+    trainers = ("huggingface.distribute", "lightning.OffbeatStrategy")
+    text = [f"::: offbeat.integrations.{name}\n" for name in trainers]
+    yield "api/integrations.md", "\n".join(["# Trainers", "", "Training loops of other libraries.", "", *text])
     assert not left, f"say in API where these are: {', '.join(left)}"
     lines = [f"| [{title}]({page}.md) | {about} |" for page, (title, about, _) in API.items()]
+    lines.append("| [Trainers](integrations.md) | `offbeat.integrations`: Hugging Face and Lightning. |")
     lines.append("| [Methods](../methods/index.md) | `offbeat.methods`: every method and correction. |")
     yield (
         "api/index.md",

@@ -98,6 +98,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, ob.Method) else "",
 )
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # SequentialLR's own, up to torch 2.6
 def test_a_scheduler_of_torch(
     schedule: Callable[[Any], Any], method: ob.Method, momentum: float, nesterov: bool
 ) -> None:
