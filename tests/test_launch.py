@@ -45,9 +45,11 @@ while not os.path.exists("over"):
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything is done in a folder of the test's own, and signals are the test runner's again afterwards."""
     monkeypatch.chdir(tmp_path)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so a launcher leaves it
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     yield
     assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def launch(worker: str, meanwhile: Callable[[], Any] = lambda: None, **options: Any) -> tuple[Supervisor, list[str]]:
