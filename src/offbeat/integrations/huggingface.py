@@ -163,7 +163,8 @@ class _Distributed:
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         this: Any = super()
         assert self.replica is not None
-        if epoch >= self.replica.passes.run_epoch():
+        sized = self._loader.length is not None
+        if epoch >= self.replica.passes.run_epoch(self.state.num_train_epochs if sized else 0):
             this._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _finalize_training(self, *args: Any) -> Any:

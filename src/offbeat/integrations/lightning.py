@@ -115,7 +115,7 @@ class OffbeatStrategy(SingleDeviceStrategy):
         trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]
         if not trainer.training or self.replica is None:
             return dataloader
-        current, epoch = trainer.fit_loop.epoch_progress.current, self.replica.passes.run_epoch()
+        current, epoch = trainer.fit_loop.epoch_progress.current, self.replica.passes.run_epoch(trainer.max_epochs or 0)
         if current.processed < epoch:
             for name in ("ready", "started", "processed", "completed"):
                 setattr(current, name, epoch)

@@ -269,9 +269,9 @@ class Passes:
         finally:
             self.now = None
 
-    def run_epoch(self) -> int:
-        """The epoch that the run is in."""
-        return int(self.ask({"epoch": True})["epoch"])
+    def run_epoch(self, count: int = 0) -> int:
+        """The epoch that the run is in; it has ``count`` of them, where that is known (above 0)."""
+        return int(self.ask({"epoch": True, "of": count})["epoch"])
 
     def stopped(self) -> bool:
         """Whether a worker has ended the run for all."""
