@@ -231,9 +231,8 @@ class _Loader:
     def __iter__(self) -> Iterator[list[Any]]:
         trainer, self.given, self.whole = self.trainer, 0, False
         replica: Replica = trainer.replica
-        at = trainer.state.global_step - self.epoch * (
-            self.length or 0
-        )  # more than 0 where it goes on from a checkpoint
+        before = self.epoch * (self.length or 0)
+        at = trainer.state.global_step - before  # more than 0 where it goes on from a checkpoint
         for step in replica.shard(self.loader, self.epoch, accumulate=trainer.accumulate, skip=max(at, 0)):
             position = replica.passes.position
             if position > trainer.state.max_steps:
