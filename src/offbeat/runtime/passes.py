@@ -11,8 +11,9 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import closing, suppress
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -36,10 +37,10 @@ class Items:
     """A sequence, or a data set of which any item can be had: item i is minibatch i, and each rank of a group gets its own."""
 
     kind = "sequence"
-    owners = ()
 
     def __init__(self, data: Any, team: Team) -> None:
-        self.data, self.team, self.ranks, self.name = data, team, team.size, type(data).__name__
+        self.data, self.team, self.name = data, team, type(data).__name__
+        self.owners: list[Any] = []
         self.length = len(data) // team.size
         if len(data) and not self.length:
             raise ValueError(f"shard: the {type(data).__name__} has {len(data)} items, and there are {team.size} ranks")
@@ -48,8 +49,7 @@ class Items:
         return ([i * self.team.size + self.team.rank] for i in range(self.length))
 
     def short(self, indices: list[Any]) -> bool:
-        """Whether there is not one example for each rank."""
-        return len(indices) * self.ranks < self.team.size
+        return False  # each rank lists an item of its own
 
     def digest(self, order: Order) -> str:
         with order.streams():
@@ -215,6 +215,8 @@ class Stream:
 
 Source = Items | Batches | Steps
 """What is dealt out by leases."""
+Walk = Generator[tuple[Any, Callable[[], bool]]]
+"""Items, and what says that one is begun: whether it is to be used."""
 
 # a worker's passes
 
@@ -256,7 +258,7 @@ class Passes:
         if epochs.step != 1 or epochs.start < 0:
             raise ValueError(f"epochs: {epochs} must go up by one, from 0 or more")
         self.replica._start()
-        first = max(int(self.ask({"epoch": True, "of": len(epochs)})["epoch"]), epochs.start)
+        first = max(self.run_epoch(len(epochs)), epochs.start)
         if first > epochs.start:
             self.say("epoch", f"the run is at epoch {first}, and this worker begins there")
         try:
@@ -320,11 +322,15 @@ class Passes:
         replica._start()
         replica._own()
         self.running += 1
+        walk = self._turns(source, key, skip) if isinstance(source, Stream) else self._leased(source, key, skip)
         try:
-            if isinstance(source, Stream):
-                yield from self._turns(source, key, skip, ahead)
-            else:
-                yield from self._leased(source, key, skip, ahead)
+            with closing(walk):
+                for item, begin in walk:
+                    if ahead or begin():
+                        member.unfinished = True  # another pass, inside of this one, may have come to its end
+                        yield item
+                    if ahead:
+                        begin()
         finally:
             self.running -= 1
             if key[0] <= 0:  # the first pass of its epoch, or one that is counted
@@ -334,12 +340,13 @@ class Passes:
             replica._ended = True
         member.unfinished = False
 
-    def reach(self, position: int) -> None:
-        """This worker has a minibatch, the ``position``-th of the run."""
+    def reach(self, position: int) -> bool:
+        """This worker has a minibatch, the ``position``-th of the run, and uses it."""
         self.taken += 1
         self.position = max(self.position, position)
+        return True
 
-    def _leased(self, source: Source, key: Key, skip: int, ahead: bool) -> Iterator[Any]:
+    def _leased(self, source: Source, key: Key, skip: int) -> Walk:
         worker, part, whole = self.replica.worker, Part(self, source, key), False
         self.parts.append(part)
         if skip:
@@ -347,11 +354,7 @@ class Passes:
         try:
             for batch in source.feed(part):
                 self.replica._own()  # the link may have been mended while the minibatch was asked for
-                if ahead or part.begin():
-                    self.replica._member.unfinished = True  # another pass, inside of this one, may have come to its end
-                    yield batch
-                if ahead:
-                    part.begin()
+                yield batch, part.begin
             part.rest()
             whole = True
         finally:
@@ -359,7 +362,7 @@ class Passes:
             worker.close(part.opening, whole)
             worker.back.extend(lease for life, lease, _ in part.drawn if life == worker.life)
 
-    def _turns(self, source: Stream, key: Key, skip: int, ahead: bool) -> Iterator[Any]:
+    def _turns(self, source: Stream, key: Key, skip: int) -> Walk:
         replica, team = self.replica, self.replica.team
         kind = type(source.items).__name__
         self.say(
@@ -381,11 +384,7 @@ class Passes:
                     if self.stopped():
                         return
                 replica._own()
-                if not ahead:
-                    self.reach(before + (k + 1) // team.size)
-                yield item
-                if ahead:
-                    self.reach(before + (k + 1) // team.size)
+                yield item, partial(self.reach, before + (k + 1) // team.size)
 
 
 class Part:
@@ -400,7 +399,7 @@ class Part:
         self.drawn: deque[tuple[int, Lease, list[Any]]] = deque()  # and not begun, and in which life of the worker
 
     def _order(self, key: Key) -> Order:
-        return Order(self.source.listed, derive(self.worker.terms.seed, *key), list(self.source.owners))
+        return Order(self.source.listed, derive(self.worker.terms.seed, *key), self.source.owners)
 
     def __iter__(self) -> Iterator[list[Any]]:
         while (drawn := self._draw()) is not None:
@@ -471,7 +470,7 @@ class Part:
         """The indices of a minibatch; None where there is none, or not in this order."""
         if lease.key != self.opening.key:
             if self.other[0] != lease.key:
-                with kept(list(self.source.owners)):
+                with kept(self.source.owners):
                     order = self._order(lease.key)
                     self.other = lease.key, order if self.source.digest(order) == self.worker.order else None
             if self.other[1] is None:
