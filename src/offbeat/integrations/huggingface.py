@@ -10,8 +10,10 @@ with a module, it puts a class before the trainer's own.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 from ..core.method import Method
@@ -140,8 +142,8 @@ class _Distributed:
 
     def get_batch_samples(self, epoch_iterator: Iterator[list[Any]], num_batches: int, device: Any) -> Any:
         this: Any = super()
-        steps = [step for step in [next(epoch_iterator, None)] if step is not None]
-        minibatches = steps[0] if steps else []
+        steps = list(islice(epoch_iterator, 1))  # none at the epoch's end
+        minibatches = [minibatch for step in steps for minibatch in step]
         return steps, this.get_batch_samples(iter(minibatches), len(minibatches), device)[1]
 
     def training_step(self, model: Any, inputs: list[Any], *rest: Any) -> Any:
@@ -191,21 +193,18 @@ class _Distributed:
     def is_local_process_zero(self) -> bool:
         return self.is_world_process_zero()
 
+    def _shipped(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.replica is None else self.replica.shipped()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         this: Any = super()
-        if self.replica is None:
-            return this.evaluate(*args, **kwargs)
-        with self.replica.shipped():
+        with self._shipped():
             return this.evaluate(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         this: Any = super()
-        if not self.is_world_process_zero():
-            return
-        if self.replica is None:
-            this.save_model(*args, **kwargs)
-        else:
-            with self.replica.shipped():
+        if self.is_world_process_zero():
+            with self._shipped():
                 this.save_model(*args, **kwargs)
 
 
@@ -241,7 +240,7 @@ class _Loader:
                 bring(trainer.lr_scheduler, position - 1)  # of a worker that comes late
             self.given += 1
             yield step
-        self.whole = self.length is not None and not replica.passes.stopped()
+        self.whole = True
 
 
 class _Flow(DefaultFlowCallback):
@@ -258,13 +257,13 @@ class _Flow(DefaultFlowCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         loader: _Loader = self.trainer._loader
+        stopped = self.trainer.replica.passes.stopped()
         if not loader.given:  # others had all of it, so that the Trainer would stop
             control.should_training_stop = False
-        if loader.whole:
-            control = self._reach(
-                min((loader.epoch + 1) * len(loader), state.max_steps), args, state, control, **kwargs
-            )
-        control.should_training_stop |= self.trainer.replica.passes.stopped()
+        if loader.whole and loader.length is not None and not stopped:
+            end = min((loader.epoch + 1) * loader.length, state.max_steps)
+            control = self._reach(end, args, state, control, **kwargs)
+        control.should_training_stop |= stopped
         return super().on_epoch_end(args, state, control, **kwargs)
 
     def _reach(self, now: int, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

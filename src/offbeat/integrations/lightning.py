@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     rank_zero_only: Any
 else:
     other = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
-    package = (
-        "pytorch_lightning" if other else "lightning.pytorch"
-    )  # the same twice, and neither takes the other's classes
+    # the same package twice, and neither takes the other's classes
+    package = "pytorch_lightning" if other else "lightning.pytorch"
     try:
         SingleDeviceStrategy = import_module(f"{package}.strategies").SingleDeviceStrategy
         rank_zero_only = import_module(f"{package}.utilities.rank_zero").rank_zero_only
@@ -191,9 +190,8 @@ class _Loader:
         self.epoch, self.skip = state["epoch"], state["done"]
 
     def __iter__(self) -> Iterator[Any]:
-        again = (
-            self.given == 1 and self.epoch == self.trainer.current_epoch
-        )  # a Trainer that begins later does so twice
+        # a Trainer that begins with a later epoch goes over it twice, and drops what it had read the first time
+        again = self.given == 1 and self.epoch == self.trainer.current_epoch
         if not again:
             self.given, self.walk = 0, self._walk()
         yield from [self.read] if again else []
@@ -208,9 +206,8 @@ class _Loader:
         with contextlib.suppress(TypeError):  # of a stream
             length = math.ceil(len(self.loader) / accumulate)
         skip, self.skip = self.skip if epoch == self.epoch else 0, 0
-        if (
-            length is not None and skip >= length
-        ):  # saved after its last minibatch: the Trainer is about to begin the next one
+        if length is not None and skip >= length:
+            # saved after the epoch's last minibatch: the Trainer is about to begin the next one
             epoch, skip = epoch + 1, 0
         self.epoch, self.first = epoch, self.at if length is None else epoch * length
         limit, most = trainer.limit_train_batches, trainer.max_steps
