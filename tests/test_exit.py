@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import offbeat as ob
-from offbeat.runtime.exit import ScriptEnd, failed
+from offbeat.runtime.exit import ScriptEnd, _here, _terminate, failed
 from offbeat.runtime.host import Terms
 
 Serve = Callable[..., Serving]
@@ -29,7 +29,13 @@ BOOM = RuntimeError("boom")
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """A test leaves neither a handler nor a failure behind."""
+    """A test leaves neither a handler nor a failure behind, and finds none of replicas that tests of other files have made."""
+    gc.collect()
+    until(lambda: not _here.dropped, "the end of replicas that nobody refers to")
+    for member in list(_here.members):  # of a test that has failed, whose frames are kept
+        member.forget()
+    if signal.getsignal(signal.SIGTERM) is _terminate:  # the last one was forgotten by a thread, which cannot set it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     handler, real = signal.getsignal(signal.SIGTERM), sys.exit
     yield
     vars(sys).pop("last_value", None)

@@ -36,6 +36,7 @@ from offbeat.runtime.place import Place, first_node
 from offbeat.runtime.room import Room, Seat
 from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Driver, train
+from offbeat.trace import Deeds
 
 PEERS = [cls for cls in ob.methods.all_methods() if not issubclass(cls, ob.ServerMethod | Local)]
 ROUNDS = [cls for cls in PEERS if not issubclass(cls, PushGossipMethod | PairGossipMethod)]
@@ -242,6 +243,101 @@ def test_peers_come_leave_and_die(cls: type[ob.Method], runs: Callable[..., Run]
     assert PROBLEM.evaluate(x)["loss"] < PROBLEM.evaluate(PROBLEM.x0())["loss"]
 
 
+@pytest.mark.parametrize("founding", ["waits for more", "is over"])
+@pytest.mark.parametrize("cls", [ob.methods.ADPSGD, ob.methods.GoSGD, ob.methods.PushGossip], ids=lambda c: c.__name__)
+def test_newcomers_who_have_states_begin_with_them_though_their_donor_has_finished(
+    cls: type[ob.Method], founding: str, runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator, which does not know yet, lets them begin anew; it takes their word that they have begun."""
+    forget, born, over = Peer._forget, list[int](), threading.Event()
+
+    def forgets(peer: Any) -> None:
+        """Between its state and its first word of it."""
+        if peer.worker:
+            born.append(peer.worker)
+            over.wait(LIMIT)
+        forget(peer)
+
+    monkeypatch.setattr(Peer, "_forget", forgets)
+    founders = 1 if founding == "is over" else 4
+    run = runs(short(cls), founders, None, timeout=3.0)
+
+    def gives(driver: Any) -> None:
+        until(lambda: len(driver.alive) == 2, "two newcomers")
+        while len(born) < 2:
+            steps(driver, 1)
+        driver.leave(True)
+
+    def steps(driver: Driver, count: int) -> None:
+        for _ in range(count):
+            g, loss = PROBLEM.grad(driver.x, driver.terms.worker, driver.node.step)
+            driver.step(g, float(loss))
+
+    def comes(driver: Any) -> None:
+        steps(driver, 8)
+        driver.leave(True)
+
+    run.start(0, gives)
+    until(lambda: run.errors or (0 in run.host.sessions and run.host.sessions[0].step is not None), "the first one")
+    run.start(1, comes)
+    run.start(2, comes)
+    until(lambda: run.errors or 0 in run.host.finished, "the end of the donor")
+    until(lambda: len(run.host.founders) == (2 if founders > 1 else 0), "the newcomers' turn")
+    over.set()
+    for worker in range(3, founders):
+        run.start(worker, comes)
+    x, trace = run.end()
+    joined = [i.worker for i in trace.incidents if i.what == "joined"]
+    assert sorted(joined) == list(range(max(3, founders))), run.said
+    if founders == 1:  # else the last one may have begun from what the coordinator had kept, which no trace has
+        torch.testing.assert_close(x, ob.rerun(trace).x, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", [ob.methods.PushGossip(), ob.methods.DPSGD(topology=Ring())], ids=type)
+def test_a_peer_whose_link_breaks_once_its_loop_has_ended_joins_again_to_say_so(
+    method: ob.Method, runs: Callable[..., Run]
+) -> None:
+    """Else the run would wait for it for ever."""
+    run = runs(method, 2, None)
+
+    def breaks(driver: Any) -> None:
+        for _ in range(3):
+            g, loss = PROBLEM.grad(driver.x, driver.terms.worker, driver.node.step)
+            driver.step(g, float(loss))
+        driver.link.hang_up()
+        driver.leave(True)
+
+    run.start(0, breaks)
+    run.start(1, some(3, done=True))
+    x, trace = run.end()
+    assert [i.what for i in trace.incidents if i.worker == 0] == ["joined", "crashed", "joined", "left"], run.said
+    assert torch.isfinite(x).all()
+
+
+def test_a_state_that_a_newcomer_does_not_take_is_its_donors_again(runs: Callable[..., Run]) -> None:
+    """A peer is told to welcome one that has a state already, and goes on with the weight that it has offered."""
+    run = runs(ob.methods.GoSGD(), 2, None)
+    ready = threading.Barrier(2)
+
+    def gives(driver: Any) -> None:
+        driver.newcomers.append((1, driver.alive[1]["life"]))
+        ready.wait(LIMIT)
+        some(4, done=True)(driver)
+
+    def has(driver: Driver) -> None:
+        ready.wait(LIMIT)
+        some(8, done=True)(driver)
+
+    run.start(0, gives)
+    run.start(1, has)
+    x, trace = run.end()
+    deeds = [deed for entry in trace.entries() if isinstance(entry, Deeds) for deed in entry.deeds]
+    assert sum(deed[0] == "welcomed" for deed in deeds) == 1
+    assert [deed[1][0] for deed in deeds if deed[0] == "heir"] == [0], "it came back"
+    assert sum(event.worker == 0 for event in trace) >= 4
+    torch.testing.assert_close(x, ob.rerun(trace).x, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("cls", [ob.methods.DPSGD, ob.methods.SGP, ob.methods.ADPSGD, ob.methods.GoSGD])
 def test_peers_go_on_for_a_moment_without_asking(
     cls: type[ob.Method], runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
@@ -424,6 +520,8 @@ class Ledger:
         def does(peer: Any, *deed: Any) -> None:
             if deed[0] == "kept":
                 self.kept.update(deed[1])
+            elif deed[0] == "heir":  # of what no newcomer took: others' are no call of `_did`
+                self.kept.add(tuple(deed[1]))
             did(peer, *deed)
 
         def hangs_up(peer: Any) -> None:

@@ -132,7 +132,7 @@ class _Together:
         self.lives: dict[Life, _Life] = {}
         self.messages: dict[Which, Message] = {}
         self.answers: dict[Which, Message] = {}
-        self.states: dict[Which, Any] = {}
+        self.states: dict[Which, tuple[Any, int]] = {}  # and the step that their givers were at
         self.means: dict[str, Message] = {}
         self.events: dict[tuple[int, int], deque[Event]] = {}
         for entry in trace.entries():
@@ -172,8 +172,8 @@ class _Together:
                 return False
             if what == "begin" and about[0]:
                 raise ValueError("the trace is of a run that began again from a snapshot: replay it from there on")
-            state = self.method.init(self.problem.x0()) if what == "begin" else self.states[tuple(about[0])]
-            step = 0 if what == "begin" else self.lives[about[0][0], about[0][1]].node.step  # type: ignore[union-attr]
+            start = self.method.init(self.problem.x0()), 0
+            state, step = start if what == "begin" else self.states[tuple(about[0])]
             seed = int(self.trace.header.get("seed", 0))
             method, peer.dial = _dialled(self.method)
             peer.node = Node(life[0], method, state, step, since=step, seed=seed, view=peer.view)
@@ -244,16 +244,17 @@ class _Together:
                     node.state, self.answers[which] = self.method.meet(node.state, self.messages[which])
                 else:
                     assert isinstance(self.method, GossipMethod)
-                    node.state = self.method.inherit(node.state, self.states[which])
+                    node.state = self.method.inherit(node.state, self.states[which][0])
             elif what == "welcomed":
-                node.state, self.states[(*life, about[0])] = self.method.welcome(node.state)
+                node.state, state = self.method.welcome(node.state)
+                self.states[(*life, about[0])] = state, node.step
             elif what in ("left", "kept"):
                 if any(tuple(key) not in self.messages for key in about[0]):
                     return False
                 for key in about[0]:
                     give_back(node, self.messages[tuple(key)])
                 if what == "left":
-                    self.states[(*life, about[1])] = node.state
+                    self.states[(*life, about[1])] = node.state, node.step
                     peer.left = True
             elif what == "moved":
                 raise ValueError(

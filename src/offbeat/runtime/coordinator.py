@@ -45,7 +45,8 @@ class Attendance(Session):
     """One life of one peer."""
 
     seat: Seat | None = None
-    welcomed: bool = False  # whether it was told who gives it a state
+    donor: tuple[int, int] | None = None  # who gives it a state, for all that it was told: the worker, and its life
+    welcomed: bool = False  # whether it may have got one
     step: int | None = None  # the step that it takes next; None: it has not begun
     end: int = 0  # the step at which its block ends
     done: bool = False  # whether its loop has ended
@@ -144,6 +145,7 @@ class Coordinator(Host):
             if donor is not None:
                 self._bring([session.seat], donor)
             return session.seat.since
+        session.donor = None
         self.founders.append(session)
         self.spawn("the beginning of the first round", self._found, len(self.founders) == 1)
         return session.round
@@ -153,8 +155,9 @@ class Coordinator(Host):
         assert self.room is not None
         self._news()
         for seat in newcomers:
-            self.sessions[seat.worker].welcomed = True
-            self._send(self.sessions[seat.worker], Kind.NEWS, {"donor": [donor.worker, donor.life]})
+            newcomer = self.sessions[seat.worker]
+            newcomer.donor, newcomer.welcomed = (donor.worker, donor.life), True
+            self._send(newcomer, Kind.NEWS, {"donor": newcomer.donor})
         if not self.room.rounds:
             self._send(self.sessions[donor.worker], Kind.NEWS, {"welcome": _lives(newcomers)})
 
@@ -280,8 +283,9 @@ class Coordinator(Host):
                         self._send(self.sessions[other], Kind.MEET, note)
             elif header.kind == Kind.ORPHAN:
                 session.mind(session.step is None, "wants a state to begin with")
-                session.welcomed = False
-                if session not in self.founders:  # who begin anew already
+                donor = note.get("donor")
+                if session.donor is not None and donor == list(session.donor):  # else it has another start by now
+                    session.welcomed = False
                     self._without(session)
                     self._enter(session)
                     self._news()
@@ -307,8 +311,10 @@ class Coordinator(Host):
         new, step = session.worker not in room.seats, _round(note)
         if session.step is not None:
             turn = range(session.end, session.step + 1)
-        elif new:  # with the state of a peer that has begun
-            turn = range(self.step + 1 if session.welcomed else 0)
+        elif session.welcomed and (new or not room.rounds):  # with the state of a peer that has begun
+            turn = range(self.step + 1)
+        elif new:
+            turn = range(0)
         else:
             turn = range(session.seat.step, session.seat.step + 1)
         session.mind(step in turn, f"begins round {_said(note)}")

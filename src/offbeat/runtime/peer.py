@@ -253,7 +253,7 @@ class Peer(Driver):
             self.turn = (-1, 0)  # the last average: its round, and how many of that round came before it
             self.mean: Mean | None = None  # the last average, for members who could not take it
             self.newcomers: list[tuple[int, int]] = []  # who begins with this one's state: the worker, and its life
-            self.born = self.closing = self.done = False
+            self.born = self.closing = self.done = self.told = False  # told: the coordinator, that this one is done
             self.begun = False  # whether the coordinator was told of a round, and its word to go on was not taken yet
             self.posted: deque[Posted] = deque()  # what was sent and is not acknowledged yet
         self.since = 0  # minibatches used since the coordinator was last asked to go on
@@ -403,8 +403,8 @@ class Peer(Driver):
         if self.state is None and self.donor is not None:
             about = self.alive.get(self.donor[0], {})
             if (about.get("life"), about.get("place")) != (self.donor[1], "in"):
-                self.donor = None
-                self.link.send(self.head._replace(kind=Kind.ORPHAN), None, {})
+                donor, self.donor = self.donor, None
+                self.link.send(self.head._replace(kind=Kind.ORPHAN), None, {"donor": donor})
 
     def _beats(self, link: Link, head: Header, pause: float, over: threading.Event) -> None:
         with contextlib.suppress(LinkLost, ValueError):
@@ -553,7 +553,10 @@ class Peer(Driver):
             if header.version <= number:
                 answer = before
             elif header.kind == Kind.STATE:
-                if key != self.donor or self.state is not None:
+                if self.state is not None:  # another one's, or the coordinator's model, was there first
+                    link.send(self.head._replace(kind=Kind.REFUSED))
+                    return
+                if key != self.donor:
                     raise LinkLost("a state that nobody waits for")
                 self.state = message, header.step
                 self.deeds.append(["born", which])
@@ -712,6 +715,8 @@ class Peer(Driver):
     def _go_on(self) -> None:
         """Take the coordinator's word, if it was asked for, and welcome who begins with this one's state."""
         if not self.begun:
+            if self.lost:  # in the middle of a block, where nothing is asked
+                raise LinkLost(self.lost)
             return
         note = self._answered("the coordinator's word to go on")
         self.begun, self.end, self.vain = False, note["end"], 0
@@ -721,14 +726,25 @@ class Peer(Driver):
         with self.monitor:
             newcomers, self.newcomers = [*self.newcomers, *note["welcome"]], []
         for worker, life in newcomers:
-            with self.monitor:
-                if self.alive.get(worker, {}).get("life") != life:
-                    continue  # it has gone, and nothing of this one's goes with it
-                self.node.state, state = self.method.welcome(self.node.state)
-                self._did("welcomed", self.numbers + 1)
-            self._exchange(Kind.STATE, worker, state, None, self.form, life)
+            self._welcome(worker, life)
         if note["show"]:
             self._show()
+
+    def _welcome(self, worker: int, life: int) -> None:
+        """Give a newcomer a state. What it does not take, as it is gone or has another one already, is this one's again."""
+        with self.monitor:
+            if self.alive.get(worker, {}).get("life") != life:
+                return  # it has gone, and nothing of this one's goes with it
+            before = self.node.state
+            self.node.state, state = self.method.welcome(before)
+            shares = not self.rounds and self.node.state is not before  # else nothing is lost with the newcomer's
+            number = self.numbers + 1
+            self._did("welcomed", number)
+        if self._exchange(Kind.STATE, worker, state, None, self.form, life) is None and shares:
+            with self.monitor:
+                if isinstance(self.method, GossipMethod):
+                    self.node.state = self.method.inherit(self.node.state, state)
+                    self._did("heir", [self.head.worker, self.head.incarnation, number])
 
     def _push(self, to: int, msg: Message) -> bool:
         """Bring a push while the loop goes on. False, so that it comes back, where the one before is still on its way."""
@@ -1186,37 +1202,49 @@ class Peer(Driver):
 
     def _leave(self, done: bool) -> None:
         """Go in good order. One that is done can still be talked to until all are; one that goes before hands over what
-        others need of it."""
-        try:
-            self._go_on()
-            self._delivered()
-            with self.changed:
-                while self.away:
-                    self._wait("the end of pushes that are on their way")
-            with self.monitor:
-                self.done = done
-            if done:
-                self._show()
-                self._disband()
-                self._last(done)
-                with self.changed:
-                    while not self.replies:
-                        self._wait("the end of the run")
-            with self.monitor:
-                self.closing = True
-                if not done:
-                    for entry in self.inbox:
-                        give_back(self.node, entry.message)
-                    self._did("left", [entry.which for entry in self.inbox], self.numbers + 1)
-                    self.inbox.clear()
-            if not done:
-                self._bequeath()
+        others need of it. One that has lost the coordinator before it could say that it is done joins again to say so."""
+        while True:
+            try:
+                self._part(done)
+            except LinkLost as lost:
+                if done and not self.told:
+                    try:
+                        self._mend(lost)
+                        continue
+                    except (LinkLost, ValueError) as gone:
+                        lost = LinkLost(str(gone))
+                self.log.warning(f"{lost}, while this worker was leaving")
+            self._hang_up()
+            self._raise_failure()
+            return
+
+    def _part(self, done: bool) -> None:
+        self._go_on()
+        self._delivered()
+        with self.changed:
+            while self.away:
+                self._wait("the end of pushes that are on their way")
+        with self.monitor:
+            self.done = done
+        if done:
             self._show()
+            self._disband()
             self._last(done)
-        except LinkLost as lost:
-            self.log.warning(f"{lost}, while this worker was leaving")
-        self._hang_up()
-        self._raise_failure()
+            self.told = True
+            with self.changed:
+                while not self.replies:
+                    self._wait("the end of the run")
+        with self.monitor:
+            self.closing = True
+            if not done:
+                for entry in self.inbox:
+                    give_back(self.node, entry.message)
+                self._did("left", [entry.which for entry in self.inbox], self.numbers + 1)
+                self.inbox.clear()
+        if not done:
+            self._bequeath()
+        self._show()
+        self._last(done)
 
     def _bequeath(self) -> None:
         """Hand over what others need, to the first of them who does not leave as well."""
