@@ -87,6 +87,19 @@ def test_imports_follow_the_arrows(path: Path) -> None:
             assert outsiders is None or top in outsiders, f"{inside} must not import {top}"
 
 
+IMPURE = {"socket", "selectors", "select", "threading", "queue", "time", "os", "subprocess", "asyncio", "logging"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "runtime/protocol").glob("*.py")), ids=lambda p: p.name)
+def test_the_protocol_has_no_socket_thread_or_clock(path: Path) -> None:
+    """Events in, effects out: what a machine does depends on nothing else, and can be tried again."""
+    package = (ROOT.name, *path.parent.relative_to(ROOT).parts)
+    for module in imports(ast.parse(path.read_text("utf-8")), package):
+        assert module[0] not in IMPURE, f"{path.name} must not import {module[0]}"
+        inside = module[:2] != (ROOT.name, "runtime") or module[:3] == (ROOT.name, "runtime", "protocol")
+        assert inside or module[2:3] == ("leases",), f"{path.name} must not import {'.'.join(module)}"
+
+
 def test_the_check_sees_every_form_of_import() -> None:
     text = "import a.b\ndef f():\n    from ..tasks import x\n    from . import y\n    from .. import z\nfrom offbeat.cli import w"
     assert set(imports(ast.parse(text), ("offbeat", "core"))) == {

@@ -19,7 +19,7 @@ import offbeat as ob
 from offbeat.runtime.buffers import Meeting, average, first
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import Link
-from offbeat.runtime.message import Corrupt, Header, Kind
+from offbeat.runtime.protocol.wire import Corrupt, Header, Kind
 from offbeat.runtime.shared_state import StateEntry, as_bytes
 
 __all__ = ["runs"]

@@ -32,9 +32,9 @@ from offbeat.names import read
 from offbeat.runtime.entry import enter
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import LinkLost
-from offbeat.runtime.message import Form
 from offbeat.runtime.peer import Peer
 from offbeat.runtime.place import Place
+from offbeat.runtime.protocol.wire import Form
 from offbeat.runtime.team import Team
 from offbeat.runtime.worker import Driver
 

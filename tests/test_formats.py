@@ -21,7 +21,7 @@ from offbeat.runtime import snapshot
 from offbeat.runtime.coordinator import resumed
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import GREETING, LinkLost, accept, dial, listen
-from offbeat.runtime.message import Corrupt
+from offbeat.runtime.protocol.wire import Corrupt
 
 
 def test_a_format_is_known_another_version_refused_and_anything_else_none() -> None:

@@ -24,7 +24,19 @@ from torch import Tensor
 import offbeat as ob
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import GREETING, Link, LinkLost, SharedLink, dial, machine
-from offbeat.runtime.message import MAGIC, NOTE, PROTOCOL, SIZE, Corrupt, Form, Header, Kind, checksum, finite, tame
+from offbeat.runtime.protocol.wire import (
+    MAGIC,
+    NOTE,
+    PROTOCOL,
+    SIZE,
+    Corrupt,
+    Form,
+    Header,
+    Kind,
+    checksum,
+    finite,
+    tame,
+)
 
 PROBLEM = ob.tasks.Quadratic(d=64, noise=0.3)
 METHOD = ob.methods.DanaZero(lr=0.01)

@@ -23,8 +23,8 @@ from torch import Tensor
 import offbeat as ob
 from offbeat.runtime.entry import enter
 from offbeat.runtime.link import Link, LinkLost, dial
-from offbeat.runtime.message import SIZE, Form, Header, Kind
 from offbeat.runtime.peer import talk
+from offbeat.runtime.protocol.wire import SIZE, Form, Header, Kind
 from offbeat.runtime.worker import Driver
 
 KINDS = {

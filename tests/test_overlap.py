@@ -20,7 +20,7 @@ from offbeat.engines.replay import replay
 from offbeat.runtime.circle import SMALL, Circle, joint
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import Link, LinkLost
-from offbeat.runtime.message import Header, Kind
+from offbeat.runtime.protocol.wire import Header, Kind
 from offbeat.runtime.worker import Worker
 
 ASGD, DanaZero, Overlap, Rounded = ob.methods.ASGD, ob.methods.DanaZero, ob.methods.Overlap, ob.methods.Rounded

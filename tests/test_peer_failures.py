@@ -13,8 +13,8 @@ from torch import Tensor
 
 import offbeat as ob
 from offbeat.runtime.link import Link
-from offbeat.runtime.message import Corrupt, Kind
 from offbeat.runtime.peer import Peer
+from offbeat.runtime.protocol.wire import Corrupt, Kind
 from offbeat.runtime.worker import Driver
 
 __all__ = ["runs"]  # a fixture

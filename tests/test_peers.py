@@ -30,9 +30,9 @@ from offbeat.runtime.coordinator import Coordinator, host_for, resumed
 from offbeat.runtime.entry import enter
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import Frame, Link, LinkLost
-from offbeat.runtime.message import Header, Kind
 from offbeat.runtime.peer import Peer
 from offbeat.runtime.place import Place, first_node
+from offbeat.runtime.protocol.wire import Header, Kind
 from offbeat.runtime.room import Room, Seat
 from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Driver, train

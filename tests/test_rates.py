@@ -19,8 +19,8 @@ from offbeat.core.rates import dial_of, rate_of, with_rate
 from offbeat.core.schedule import Schedule
 from offbeat.engines.replay import replay
 from offbeat.runtime.host import Terms
-from offbeat.runtime.message import Corrupt
 from offbeat.runtime.optimizer import Offered
+from offbeat.runtime.protocol.wire import Corrupt
 from offbeat.runtime.worker import Worker
 
 STEPS = 96

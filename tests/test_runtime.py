@@ -35,8 +35,8 @@ from offbeat.runtime import snapshot
 from offbeat.runtime.host import Terms
 from offbeat.runtime.leases import COUNTED, TASK
 from offbeat.runtime.link import GREETING, LinkLost, dial, look_out
-from offbeat.runtime.message import Form
 from offbeat.runtime.place import Place
+from offbeat.runtime.protocol.wire import Form
 from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Remote, Worker, train
 from offbeat.tasks.flat import Flat

@@ -19,8 +19,8 @@ from offbeat.runtime import shared_state
 from offbeat.runtime.coordinator import host_for
 from offbeat.runtime.host import Host, Terms
 from offbeat.runtime.link import Link
-from offbeat.runtime.message import Corrupt, Header, Kind
 from offbeat.runtime.place import Place
+from offbeat.runtime.protocol.wire import Corrupt, Header, Kind
 from offbeat.runtime.shared_state import BLOCK, Kept, Shared, Told, digest, greeted
 from offbeat.runtime.team import Team
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..log import WORKER
 from .link import Link, LinkLost, dial
-from .message import Corrupt, Header, Kind
 from .place import Place
+from .protocol.wire import Corrupt, Header, Kind
 from .shared_state import DTYPES, LIMIT, Shared, StateEntry, as_bytes, digest, shaped
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .link import Link, SharedLink, look_out
-from .message import Corrupt, Header, Kind
+from .protocol.wire import Corrupt, Header, Kind
 
 SMALL = 1 << 16
 """Bytes up to which each member adds up whole vectors; above, each adds up a part of them for all."""

@@ -29,7 +29,7 @@ from . import snapshot
 from .host import Diverging, Host, OtherKind, Parse, Refused, Session, Terms
 from .leases import leases_in
 from .link import Frame, Link, LinkLost, machine
-from .message import Corrupt, Header, Kind, finite
+from .protocol.wire import Corrupt, Header, Kind, finite
 from .room import Average, Room, Seat
 from .server import RunServer
 

@@ -21,7 +21,7 @@ import torch.distributed
 from torch import Tensor
 
 from .link import Link, LinkLost
-from .message import Corrupt, Header, Kind, checksum
+from .protocol.wire import Corrupt, Header, Kind, checksum
 
 c10d: Any = torch.distributed  # whose types do not name stores and process groups
 

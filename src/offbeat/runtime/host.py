@@ -36,8 +36,8 @@ from .evaluation import Evaluator
 from .journal import Journal, Unwritten, beyond, whole
 from .leases import Lease, Leases, leases_in, remedy
 from .link import Frame, Link, LinkLost, accept, listen
-from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .meter import Meter, load
+from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind, finite
 from .shared_state import Kept, Told
 from .streams import IN_A_ROW, Twins, sample
 from .supervisor import ONCE

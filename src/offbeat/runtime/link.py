@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .. import formats
 from ..engines.kernel import ALIGNED
-from .message import CURE, NOTE, SIZE, WORD, Corrupt, Header, Kind, checksum, whole
+from .protocol.wire import CURE, NOTE, SIZE, WORD, Corrupt, Header, Kind, checksum, whole
 
 GREETING = f"{formats.PROTOCOL:<23}\n".encode()
 """What each end says first, of the same length in every version, so that two versions can tell each other."""

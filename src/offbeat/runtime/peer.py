@@ -34,8 +34,8 @@ from .circle import Circle, joint
 from .exit import WorkerThread
 from .leases import Lease, Leases, leases_in, remedy
 from .link import Frame, Link, LinkLost, accept, dial, listen, look_out, machine
-from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .place import Place
+from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind, finite
 from .shared_state import Shared, greeted
 from .team import Team
 from .way import offered, taken

@@ -23,7 +23,7 @@ from ..engines.kernel import ALIGNED, BLOCKS, Visits
 from .host import Diverging, Host, Refused, Session
 from .leases import leases_in
 from .link import Frame, Link, LinkLost
-from .message import DTYPES, Corrupt, Form, Header, Kind, finite, tame
+from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind, finite, tame
 from .way import offered
 
 LARGE = 500_000

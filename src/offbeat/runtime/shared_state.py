@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from ..tasks.flat import local
 from .layout import plain_name
 from .link import Frame, Link
-from .message import WORD, Corrupt, Header, Kind
+from .protocol.wire import WORD, Corrupt, Header, Kind
 from .snapshot import write_whole
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from ..core.method import Message
 from ..core.tree import leaves, rebuild
 from .leases import Lease
 from .link import LinkLost
-from .message import Corrupt
+from .protocol.wire import Corrupt
 from .worker import Exchange, Remote, Spoilt, Terms
 
 T = TypeVar("T")

@@ -30,9 +30,9 @@ from .exit import WorkerThread
 from .host import OtherKind
 from .leases import TASK, Key, Lease, Leases, Opening, leases_in, remedy
 from .link import Frame, Link, LinkLost, dial, machine
-from .message import DTYPES, Corrupt, Form, Header, Kind, finite
 from .meter import Meter
 from .place import Place
+from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind, finite
 from .server import forms
 from .shared_state import Shared, greeted
 from .way import taken

@@ -14,9 +14,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from .. import formats
-from ..core.method import Message
-from ..core.tree import leaves, rebuild
+from ... import formats
+from ...core.method import Message
+from ...core.tree import leaves, rebuild
 
 PROTOCOL = formats.number(formats.PROTOCOL)
 """Both ends must speak the same."""
