@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from pathlib import Path
@@ -21,7 +22,7 @@ from offbeat.runtime import snapshot
 from offbeat.runtime.coordinator import resumed
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import GREETING, LinkLost, accept, dial, listen
-from offbeat.runtime.protocol.wire import Corrupt
+from offbeat.runtime.protocol.wire import Corrupt, Kind
 
 
 def test_a_format_is_known_another_version_refused_and_anything_else_none() -> None:
@@ -139,3 +140,8 @@ def test_both_ends_of_a_link_say_that_they_speak_other_protocols(number: int) ->
         with pytest.raises(Corrupt, match=f"the worker speaks 'offbeat protocol {number}', and offbeat"):
             accept(mine, "t" * 16, "the worker", 20.0)
         assert its.recv(len(GREETING), socket.MSG_WAITALL) == GREETING  # by which the other end can tell as well
+
+
+def test_the_page_of_the_protocol_has_every_kind_of_frame() -> None:
+    page = (Path(__file__).parents[1] / "docs/protocol.md").read_text("utf-8")
+    assert {kind.name for kind in Kind} == set(re.findall(r"^\| `([A-Z]+)` \|", page, re.MULTILINE))
