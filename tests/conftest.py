@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,22 @@ from crew import Nursery, Processes, Serving, at_work, rest, shared_memory, time
 from torch import Tensor
 
 TOLERANCE = 1e-9  # relative, in float64: rounding stays far below it, a wrong term far above
+
+
+COLLECTED: pytest.StashKey[list[pytest.Item]] = pytest.StashKey()
+"""All cases, those that `-m` takes away among them."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = list(items)
+
+
+def some(cases: Iterable[Any], *kept: Any) -> list[Any]:
+    """For a parametrization: all cases, of which `make test` runs those ``kept``, and `make test-all` the others too."""
+    cases = list(cases)
+    assert all(case in cases for case in kept), f"{kept} of {cases}"
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.matrix) for case in cases]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -213,24 +213,24 @@ def time_out(seconds: float = LIMIT) -> Iterator[None]:
 
 
 class Nursery:
-    """Where processes of tests come from: `nursery.py` says how."""
+    """Where processes of tests come from: `nursery.py` says how. They have these ``modules`` from the start."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *modules: str) -> None:
         self.folder, self.python = folder, str(folder / "python")
         self.parent = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("nursery.py")), str(folder)],
+            [sys.executable, str(Path(__file__).with_name("nursery.py")), str(folder), *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         assert self.parent.stdout
         assert self.parent.stdout.readline() == b"ready\n"
 
-    def born(self) -> list[tuple[int, str, str]]:
-        """Every child so far: its number, what it is, and the worker's number or "-"."""
+    def born(self) -> list[tuple[int, str, str, str]]:
+        """Every child so far: its number, what it is, and the worker's number and the rank in it, or "-"."""
         file = self.folder / "born"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         words = [line.split() for line in lines if line.endswith("\n")]
-        return [(int(pid), what, worker) for pid, what, worker in words]
+        return [(int(pid), what, worker, rank) for pid, what, worker, rank in words]
 
     def close(self) -> None:
         assert self.parent.stdin
@@ -245,7 +245,7 @@ class Processes:
 
     def __init__(self, nursery: Nursery, folder: Path) -> None:
         self.nursery, self.folder = nursery, folder
-        self.before = {pid for pid, _, _ in nursery.born()}
+        self.before = {pid for pid, *_ in nursery.born()}
         self.started: list[subprocess.Popen[str]] = []
         self.environment = {n: v for n, v in os.environ.items() if not n.startswith("OFFBEAT_")} | {"CI": "1"}
 
@@ -278,12 +278,16 @@ class Processes:
         """Its exit status."""
         return process.wait(seconds)
 
-    def living(self, what: str, worker: str | None = None) -> list[int]:
+    def living(self, what: str, worker: str | None = None, rank: str | None = None) -> list[int]:
         """The processes of this test that are ``what``, and still there."""
         return [
             pid
-            for pid, is_, who in self.nursery.born()
-            if pid not in self.before and is_ == what and worker in (None, who) and alive(pid)
+            for pid, is_, *who in self.nursery.born()
+            if pid not in self.before
+            and is_ == what
+            and worker in (None, who[0])
+            and rank in (None, who[1])
+            and alive(pid)
         ]
 
     def end(self) -> None:
@@ -294,7 +298,7 @@ class Processes:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait(10)
-        for pid, _, _ in self.nursery.born():
+        for pid, *_ in self.nursery.born():
             if pid not in self.before and alive(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -4,6 +4,8 @@ A process of its own would import torch for seconds, and a run that is killed tw
 program writes takes the place of the Python executable: it asks the parent for a child with its own arguments, environment
 and open files, passes signals on, and ends as the child ends. Whoever kills the stub kills the child; and when the parent
 dies, so do all. Every child writes its number and what it is into the file ``born`` first.
+
+    python nursery.py FOLDER [MODULE ...]     # the modules are imported once, before the first fork
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import atexit
 import contextlib
 import ctypes
 import gc
+import importlib
 import marshal
 import os
 import runpy
@@ -53,16 +56,18 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def main(folder: Path) -> list[str] | None:
+USUAL = ["offbeat.cli", "offbeat.runtime.gloo", "offbeat.runtime.replica", "torch.distributed.run"]
+"""What is imported before the first fork. Importing starts no threads, which a child would lack."""
+
+
+def main(folder: Path, modules: list[str]) -> list[str] | None:
     """Serve requests; returns, in each child, what it is to run, and at the end None."""
     die_with_parent()
     import torch
 
-    import offbeat.cli
-    import offbeat.runtime.gloo
-    import offbeat.runtime.replica  # noqa: F401
-
     torch.set_num_threads(1)
+    for name in USUAL + modules:
+        importlib.import_module(name)
     sys.modules["offbeat.report"] = None  # type: ignore[assignment]  # pages of pictures take seconds, and have tests
     address = str(folder / "socket")
     listener = socket.socket(socket.AF_UNIX)
@@ -156,9 +161,10 @@ def begin(folder: Path, argv: list[str], environment: dict[str, str], place: str
     os.chdir(place)
     sys.executable = argv[0]
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))  # as Python does when it starts
-    what = [word for word in argv[1:] if word not in ("-m", "offbeat")][:1]
+    what = [word for word in argv[1:] if word not in ("-u", "-m", "offbeat")][:1]
     with open(folder / "born", "a") as file:
-        file.write(f"{os.getpid()} {Path(*what).stem} {environment.get('OFFBEAT_WORKER', '-')}\n")
+        who = " ".join(environment.get(name, "-") for name in ("OFFBEAT_WORKER", "LOCAL_RANK"))
+        file.write(f"{os.getpid()} {Path(*what).stem} {who}\n")
     return argv[1:]
 
 
@@ -170,6 +176,14 @@ def run(words: list[str]) -> int:
 
             sys.argv = ["offbeat", *words[2:]]
             command()
+        if words[:1] == ["-u"] or os.environ.get("PYTHONUNBUFFERED"):
+            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        words = words[words[:1] == ["-u"] :]
+        if words[:1] == ["-m"]:
+            sys.argv = words[1:]
+            sys.modules.pop(words[1], None)  # it is run, not imported
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            return 0
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).resolve().parent))
         runpy.run_path(words[0], run_name="__main__")
@@ -183,7 +197,7 @@ def run(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    words = main(Path(sys.argv[1]))
+    words = main(Path(sys.argv[1]), sys.argv[2:])
     if words:
         code = run(words)
         atexit._run_exitfuncs()

@@ -149,7 +149,7 @@ def test_commands_on_a_page_are_understood(page: str, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     text = (ROOT / page).read_text("utf-8")
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
     for block in blocks(ROOT / page):
         if block.language != "bash":
             assert block.language in ("python", "text", "toml", "yaml", "diff", "sbatch"), (

@@ -46,10 +46,20 @@ def test_hooks_before_a_commit_take_the_pinned_versions() -> None:
     assert {version for name, version in found if name == "ruff"} == {PINS["ruff"]}
 
 
+def test_the_full_matrix_is_run_once_a_day_and_by_hand() -> None:
+    """A push runs what `make test` does; the marker is spelt alike in the Makefile, for pytest and for the integration."""
+    workflow, makefile = text(".github/workflows/ci.yml"), text("Makefile")
+    assert re.search(r'^  schedule:\n    - cron: "\d+ \d+ \* \* \*"', workflow, re.M)
+    assert re.search(r"^  workflow_dispatch:", workflow, re.M)
+    assert "&& 'matrix or not matrix' || 'not matrix'" in workflow
+    assert re.search(r'^test: install\n\t.*-m "not matrix"$', makefile, re.M)
+    assert re.search(r"^test-all: install\n\t.*pytest \$\(PARALLEL\)$", makefile, re.M)
+
+
 def test_integration_calls_what_is_there() -> None:
     """Make targets, the test files for other systems, and the lowest versions that the project promises."""
     workflow = text(".github/workflows/ci.yml")
-    targets = set(re.findall(r"^([a-z]+):", text("Makefile"), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.M))
     called = set(re.findall(r"run: make (\w+)", workflow))
     assert called == {"lint", "docs", "dist"}
     assert called <= targets

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from crew import descendants, heard, until
+from crew import Nursery, Processes, heard, until
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -60,44 +59,37 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
 
 
-Start = Callable[..., subprocess.Popen[str]]
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """One that has imported what the script does."""
+    nursery = Nursery(
+        tmp_path_factory.mktemp("nursery"), "pytest", "torch.distributed.fsdp", "torch.distributed.tensor"
+    )
+    yield nursery
+    nursery.close()
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Launches the script with these arguments and options; whatever is left is killed."""
-    (tmp_path / "teams.py").write_text(SCRIPT)
-    started: list[subprocess.Popen[str]] = []
-
-    def start(inside: str, method: str, *words: str, optimizer: str = "none", pause: float = 0, passes: int = 2):  # type: ignore[no-untyped-def]
-        argv = [*words, "--ranks", "2", "--out", "run", "teams.py", inside, method, optimizer, str(pause), str(passes)]
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("OFFBEAT_")}
-        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "CI": "1"}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "offbeat", "launch", *argv],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        for pid in [process.pid, *descendants(process.pid)] if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-        process.communicate(timeout=10)
+def start(
+    processes: Processes,
+    inside: str,
+    method: str,
+    *words: str,
+    optimizer: str = "none",
+    pause: float = 0,
+    passes: int = 2,
+) -> subprocess.Popen[str]:
+    """Launches the script with these arguments and options."""
+    (processes.folder / "teams.py").write_text(SCRIPT)
+    script = ("teams.py", inside, method, optimizer, str(pause), str(passes))
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return processes.offbeat("launch", *words, "--ranks", "2", "--out", "run", *script, **environment)
 
 
-def ends(process: subprocess.Popen[str], folder: Path) -> str:
+def ends(processes: Processes, process: subprocess.Popen[str]) -> str:
     """What a launch has said, once it has ended well."""
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said + logs(folder)
-    return said
+    assert processes.ends(process) == 0, processes.said(process) + logs(processes.folder)
+    return processes.said(process)
 
 
 def logs(folder: Path) -> str:
@@ -127,8 +119,10 @@ def alone(method: ob.Method, optimizer: str) -> Tensor:
         ("FSDP2", "ob.methods.SGP()", "none"),
     ],
 )
-def test_two_ranks_do_what_one_does(inside: str, method: str, optimizer: str, start: Start, tmp_path: Path) -> None:
-    ends(start(inside, method, "--workers", "1", "--restarts", "0", optimizer=optimizer), tmp_path)
+def test_two_ranks_do_what_one_does(
+    inside: str, method: str, optimizer: str, processes: Processes, tmp_path: Path
+) -> None:
+    ends(processes, start(processes, inside, method, "--workers", "1", "--restarts", "0", optimizer=optimizer))
     wanted = alone(eval(method, {"ob": ob}), optimizer)
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"0-{rank}.pt"), wanted, rtol=0, atol=1e-12)
@@ -137,9 +131,9 @@ def test_two_ranks_do_what_one_does(inside: str, method: str, optimizer: str, st
 @pytest.mark.parametrize(
     ("inside", "method"), [("DDP", "ob.methods.DanaZero(0.02)"), ("FSDP2", "ob.methods.LocalSGD(period=4)")]
 )
-def test_a_rank_is_killed(inside: str, method: str, start: Start, tmp_path: Path) -> None:
+def test_a_rank_is_killed(inside: str, method: str, processes: Processes, tmp_path: Path) -> None:
     """Its worker is started again as a whole, the other one goes on, and the ranks of each end with the same model."""
-    process = start(inside, method, "--workers", "2", "--timeout", "6", pause=0.03, passes=20)
+    process = start(processes, inside, method, "--workers", "2", "--timeout", "6", pause=0.03, passes=20)
     trace = tmp_path / "run/shard-0/trace.jsonl"
 
     def brought() -> bool:
@@ -148,23 +142,15 @@ def test_a_rank_is_killed(inside: str, method: str, start: Start, tmp_path: Path
         return all(text.count(f'"worker": {worker}') > 5 for worker in range(2))
 
     until(brought, "some gradients of each")
-    ranks = [pid for pid in descendants(process.pid) if b"teams.py" in _words(pid) and b"LOCAL_RANK=1" in _said(pid)]
+    ranks = processes.living("teams", rank="1")
     assert len(ranks) == 2
     os.kill(ranks[0], signal.SIGKILL)
-    said = ends(process, tmp_path)
+    said = ends(processes, process)
     assert said.count("starting it again") == 1, said + logs(tmp_path)
     assert len(ob.Trace.read(trace)) == 20 * 12
     for worker in range(2):
         a, b = (torch.load(tmp_path / f"{worker}-{rank}.pt") for rank in range(2))
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def _words(pid: int) -> list[bytes]:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-
-
-def _said(pid: int) -> list[bytes]:
-    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 def test_gossip_needs_shards() -> None:
