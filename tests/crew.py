@@ -247,7 +247,7 @@ class Processes:
         self.nursery, self.folder = nursery, folder
         self.before = {pid for pid, *_ in nursery.born()}
         self.started: list[subprocess.Popen[str]] = []
-        self.environment = {n: v for n, v in os.environ.items() if not n.startswith("OFFBEAT_")} | {"CI": "1"}
+        self.environment = {n: v for n, v in os.environ.items() if not n.startswith(("OFFBEAT_", "SLURM_"))} | {"CI": "1"}
 
     def start(self, *words: str, forked: bool = True, **environment: str) -> subprocess.Popen[str]:
         """A process with these arguments for Python; not ``forked`` is one from the start, which takes seconds."""

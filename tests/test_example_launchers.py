@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from crew import until
+from crew import Nursery, Processes, until
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,52 +36,60 @@ def needs(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """One that has imported what the examples do."""
+    wanted = (
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "sklearn.datasets",
+        "lightning_fabric",
+        "accelerate",
+    )
+    there = [name for name in wanted if importlib.util.find_spec(name.partition(".")[0])]
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"), *there)
+    yield nursery
+    nursery.close()
+
+
 Start = Callable[..., "subprocess.Popen[str]"]
+End = Callable[["subprocess.Popen[str]"], str]
+Launched = Callable[..., list[str]]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts Python on what it is given; what still runs at the end is asked to end, with all that it has started."""
-    started: list[subprocess.Popen[str]] = []
+def start(processes: Processes) -> Start:
+    """Starts Python on what it is given."""
+    data = os.environ.get("OFFBEAT_DATA", "")
 
     def start(*command: str, **variables: str) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("OFFBEAT_", "SLURM_"))}
-        environment |= {"OFFBEAT_DATA": os.environ.get("OFFBEAT_DATA", ""), "OFFBEAT_OUT": str(tmp_path)}
-        environment |= {"OMP_NUM_THREADS": "1", **variables}
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+        here = {"OFFBEAT_DATA": data, "OFFBEAT_OUT": str(processes.folder), "OMP_NUM_THREADS": "1"}
+        words = [str(ROOT / word) if word.startswith("examples/") else word for word in command]
+        return processes.start(*words, **here, **variables)
 
-    yield start
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    return start
 
 
-def end(process: subprocess.Popen[str], status: int = 0) -> str:
-    """What it says until it ends."""
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == status, output
-    return output
+@pytest.fixture
+def end(processes: Processes) -> End:
+    """What a process says until it ends, well."""
+
+    def end(process: subprocess.Popen[str]) -> str:
+        assert processes.ends(process) == 0, processes.said(process)
+        return processes.said(process)
+
+    return end
 
 
-def launch(start: Start, out: Path, *script: str) -> list[str]:
+@pytest.fixture
+def launch(start: Start, end: End, tmp_path: Path) -> Launched:
     """What two workers under `offbeat launch` have said."""
-    end(start("-m", "offbeat", "launch", "--workers", "2", "--restarts", "0", "--out", str(out), *script))
-    return [(out / "logs" / f"worker-{i}.log").read_text() for i in range(2)]
+
+    def launch(*script: str) -> list[str]:
+        end(start("-m", "offbeat", "launch", "--workers", "2", "--restarts", "0", "--out", str(tmp_path), *script))
+        return [(tmp_path / "logs" / f"worker-{i}.log").read_text() for i in range(2)]
+
+    return launch
 
 
 def torchrun(start: Start, *script: str) -> subprocess.Popen[str]:
@@ -93,10 +101,10 @@ def numbers(text: str, what: str) -> list[float]:
 
 
 @needs_shakespeare
-def test_characters_under_diloco(start: Start, tmp_path: Path) -> None:
+def test_characters_under_diloco(launch: Launched, tmp_path: Path) -> None:
     """Five blocks of ten steps each: the loss falls, and after the last average both have the same model."""
     few = ("--examples", "3200", "--period", "10", "--warmup", "10")
-    texts = launch(start, tmp_path, "examples/chars.py", *few)
+    texts = launch("examples/chars.py", *few)
     first, last = numbers(texts[0], "loss")
     assert last < first - 1
     assert numbers(texts[1], "loss") == [first, last]
@@ -107,10 +115,10 @@ def test_characters_under_diloco(start: Start, tmp_path: Path) -> None:
 
 @needs_mnist
 @pytest.mark.parametrize("inside", [(), ("--shard",)], ids=["DDP", "FSDP2"])
-def test_workers_of_two_ranks(inside: tuple[str, ...], start: Start, tmp_path: Path) -> None:
+def test_workers_of_two_ranks(inside: tuple[str, ...], launch: Launched, tmp_path: Path) -> None:
     """Each worker's two ranks keep one model, whether each has it whole or its half; both workers learn."""
     options = ("--ranks", "2", "examples/groups.py", "--examples", "6400", *inside)
-    for i, text in enumerate(launch(start, tmp_path, *options)):
+    for i, text in enumerate(launch(*options)):
         first, second = (numbers(text, f"rank {rank} of worker {i}: accuracy") for rank in range(2))
         assert first == second
         assert first[0] > 80
@@ -130,18 +138,18 @@ def learned(texts: list[str], out: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["sgp", "ad-psgd", "slowmo"])
-def test_gossip_under_torchrun(method: str, start: Start, tmp_path: Path) -> None:
+def test_gossip_under_torchrun(method: str, start: Start, end: End, tmp_path: Path) -> None:
     text = end(torchrun(start, "examples/gossip.py", "--method", method, "--epochs", "5"))
     learned([text, text], tmp_path)
 
 
-def test_gossip_under_offbeat_launch(start: Start, tmp_path: Path) -> None:
-    texts = launch(start, tmp_path, "examples/gossip.py", "--method", "slowmo", "--epochs", "5")
+def test_gossip_under_offbeat_launch(launch: Launched, tmp_path: Path) -> None:
+    texts = launch("examples/gossip.py", "--method", "slowmo", "--epochs", "5")
     learned(texts, tmp_path)
     assert numbers(texts[0], "accuracy") == numbers(texts[1], "accuracy"), "two who meet in each round stay equal"
 
 
-def test_gossip_with_the_variables_of_srun(start: Start, tmp_path: Path) -> None:
+def test_gossip_with_the_variables_of_srun(start: Start, end: End, tmp_path: Path) -> None:
     job = {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
     script = ("examples/gossip.py", "--method", "ad-psgd", "--epochs", "5")
     tasks = [start(*script, **job, SLURM_PROCID=str(i)) for i in range(2)]
@@ -156,9 +164,9 @@ def test_gossip_with_the_variables_of_srun(start: Start, tmp_path: Path) -> None
         pytest.param("accelerate", marks=needs("accelerate")),
     ],
 )
-def test_a_library_for_each_worker(name: str, start: Start, tmp_path: Path) -> None:
+def test_a_library_for_each_worker(name: str, launch: Launched, tmp_path: Path) -> None:
     few = ("--examples", "3200", "--epochs", "2")
-    for text in launch(start, tmp_path, f"examples/{name}_mnist.py", *few):
+    for text in launch(f"examples/{name}_mnist.py", *few):
         first, last = numbers(text, "accuracy")
         assert last > first
         assert last > 70
@@ -169,7 +177,7 @@ def test_a_library_for_each_worker(name: str, start: Start, tmp_path: Path) -> N
 
 @needs_mnist
 @needs("lightning_fabric")
-def test_a_fabric_of_one_device_under_torchrun(start: Start, tmp_path: Path) -> None:
+def test_a_fabric_of_one_device_under_torchrun(start: Start, end: End, tmp_path: Path) -> None:
     text = end(torchrun(start, "examples/fabric_mnist.py", "--examples", "1280", "--epochs", "1"))
     assert len(numbers(text, "accuracy")) == 2
     assert len(ob.Trace.read(tmp_path / "trace.jsonl")) == 20
@@ -196,7 +204,7 @@ print(f"worker {replica.id} of {accelerator.num_processes}\\n", end="", flush=Tr
 
 
 @needs("accelerate")
-def test_accelerate_under_torchrun(start: Start, tmp_path: Path) -> None:
+def test_accelerate_under_torchrun(start: Start, end: End, tmp_path: Path) -> None:
     """As docs/recipes/fabric.md has it."""
     script = tmp_path / "train.py"
     script.write_text(ACCELERATE)
