@@ -29,7 +29,20 @@ def some(cases: Iterable[Any], *kept: Any) -> list[Any]:
     """For a parametrization: all cases, of which `make test` runs those ``kept``, and `make test-all` the others too."""
     cases = list(cases)
     assert all(case in cases for case in kept), f"{kept} of {cases}"
-    return [case if case in kept else pytest.param(case, marks=pytest.mark.matrix) for case in cases]
+    return [
+        case if case in kept else pytest.param(*(case if type(case) is tuple else (case,)), marks=pytest.mark.matrix)
+        for case in cases
+    ]
+
+
+def by_turns(cases: Iterable[Any], others: Iterable[Any]) -> list[Any]:
+    """For a parametrization by two values: all pairs, of which `make test` runs for each case one of the others, by turns."""
+    cases, others = list(cases), list(others)
+    return [
+        pytest.param(case, other, marks=[] if j == i % len(others) else [pytest.mark.matrix])
+        for i, case in enumerate(cases)
+        for j, other in enumerate(others)
+    ]
 
 
 @pytest.fixture(autouse=True, scope="session")

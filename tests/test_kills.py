@@ -6,14 +6,12 @@ import json
 import os
 import random
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import same
+from conftest import same, some
 from crew import TOKEN, Processes, Run, alive, descendants, heard, load, until
 
 import offbeat as ob
@@ -25,13 +23,12 @@ def test_workers_killed_twenty_times_at_random_moments(processes: Processes) -> 
     """Each is started again. The run does all of its minibatches, each once, nobody waits for the dead, and the loss is
     that of runs that nobody disturbs.
     """
-    time_out, gradients, workers = 6.0, 800, 4
-    words = ["--restarts", "25", "--timeout", str(time_out), "--lr", "0.02"]
+    gradients, workers = 800, 4
+    words = ["--restarts", "25", "--timeout", "1000", "--lr", "0.02"]  # who waited for the dead would do so for ever
     run = Run(processes, *words, gradients=gradients, workers=workers, seconds=0.02)
     rng = random.Random(3)
     for kill in range(20):
-        run.reaches(32 * kill)
-        time.sleep(rng.uniform(0, 0.2))
+        run.reaches(32 * kill + rng.randrange(32))
         victims = until(lambda: processes.living("worker"), "a worker that is alive")
         os.kill(rng.choice(victims), signal.SIGKILL)
     trace = run.ends()
@@ -39,16 +36,19 @@ def test_workers_killed_twenty_times_at_random_moments(processes: Processes) -> 
     steps = {w: [event.step for event in trace if event.worker == w] for w in range(workers)}
     assert [own == list(range(len(own))) for own in steps.values()] == [True] * workers
     assert run.said().count("was killed by SIGKILL") == 20
-    assert 10 < [incident.what for incident in trace.incidents].count("crashed") <= 20  # others had not joined yet
-    assert trace.column("waited").max() < time_out
+    count = Counter(incident.what for incident in trace.incidents)
+    assert 0 < count["crashed"] <= 20  # others had not joined yet
+    assert count["joined"] == count["crashed"] + count["left"]
     method, problem = ob.methods.DanaZero(lr=0.02), ob.tasks.Quadratic()
     calm = [
         ob.simulate(method, problem, ob.Cluster(workers, ob.Gamma(cv=0.3)), gradients=gradients, seed=seed).figures
-        for seed in range(6)
+        for seed in range(3)
     ]
-    losses = [figures["loss"] for figures in calm]
-    loss = trace.evaluations[-1].figures["loss"]
-    assert min(losses) / 3 < loss < 3 * max(losses), (loss, losses)
+    noise = 10 * max(
+        figures["loss"] for figures in calm
+    )  # of few numbers: other ones each time, as it happens who is killed when
+    assert noise < problem.evaluate(problem.x0())["loss"] / 10
+    assert trace.evaluations[-1].figures["loss"] < noise
 
 
 def test_a_process_that_imports_everything_itself(processes: Processes) -> None:
@@ -69,7 +69,7 @@ def test_a_process_that_imports_everything_itself(processes: Processes) -> None:
     assert not any(map(alive, family))
 
 
-@pytest.mark.parametrize("transport", ["shared", "gloo", "tcp"])
+@pytest.mark.parametrize("transport", some(["shared", "gloo", "tcp"], "shared"))
 def test_the_server_killed_in_the_middle(processes: Processes, transport: str) -> None:
     """It goes on from its snapshot, at the same address, and workers dial again. Its log says what was lost: all that the
     trace had beyond the snapshot, which is at most what an interval brings. The trace still replays.
@@ -97,30 +97,25 @@ def test_the_server_killed_in_the_middle(processes: Processes, transport: str) -
     assert [i.what for i in trace.incidents].count("crashed") == 3
 
 
-def test_a_worker_stopped_for_ten_seconds_holds_nobody_up(processes: Processes) -> None:
-    """In each second of its sleep each of the others goes on, together as fast as before; woken, it goes on in its life."""
-    run = Run(processes, "--timeout", "60", gradients=480, workers=4, seconds=0.1)
+def test_a_worker_that_is_stopped_holds_nobody_up(processes: Processes) -> None:
+    """While it sleeps, each of the others takes as many gradients as a run without it would have; woken, it goes on in its life."""
+    run = Run(processes, "--timeout", "600", gradients=480, workers=4, seconds=0.02)
     run.reaches(40)
-    before, start = run.counts(), time.monotonic()
-    time.sleep(3)
-    awake, span = run.counts(), time.monotonic() - start
     worker = run.pid("worker", "0")
     os.kill(worker, signal.SIGSTOP)
-    time.sleep(0.2)  # what it had sent is there
-    start, seen = time.monotonic(), [run.counts()]
-    while time.monotonic() < start + 10:
-        time.sleep(1)
-        seen.append(run.counts())
-    asleep = time.monotonic() - start
+    stopped = run.counts()
+
+    def others(gradients: int) -> bool:
+        return all(run.counts()[w] >= stopped[w] + gradients for w in (1, 2, 3))
+
+    until(lambda: others(5), "steps of the others")  # what it had sent is taken by then
+    asleep = run.counts()
+    until(lambda: others(60), "steps of the others")
+    assert run.counts()[0] == asleep[0] <= stopped[0] + 1
     os.kill(worker, signal.SIGCONT)
-    for a, b in pairwise(seen):
-        assert a[0] == b[0]
-        assert all(b[i] > a[i] for i in (1, 2, 3))
-    rate = sum(awake[i] - before[i] for i in (1, 2, 3)) / span
-    assert sum(seen[-1][i] - seen[0][i] for i in (1, 2, 3)) / asleep > 0.7 * rate
     trace = run.ends()
     assert len(trace) == 480
-    assert Counter(trace.column("worker").tolist())[0] > seen[-1][0] + 1
+    assert run.counts()[0] > asleep[0] + 1
     assert [i.what for i in trace.incidents if i.worker == 0] == ["joined", "left"]
 
 
@@ -169,7 +164,7 @@ def test_sigterm_at_a_worker(processes: Processes) -> None:
     assert "worker 1" not in run.processes.said(run.process)
 
 
-@pytest.mark.parametrize("method", ["asgd", "async-local-sgd"])
+@pytest.mark.parametrize("method", some(["asgd", "async-local-sgd"], "async-local-sgd"))
 def test_sigterm_at_a_script(processes: Processes, method: str) -> None:
     """A Replica does so by itself, when all of its gradients are delivered: nothing that it worked for is lost."""
     (processes.folder / "endless.py").write_text(SCRIPT)
@@ -213,7 +208,7 @@ for epoch in range(3):
 """
 
 
-@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("ahead", some([0, 2], 2))
 def test_scripts_killed_in_their_loops(processes: Processes, ahead: int) -> None:
     """Workers and the server die in the middle of a pass: each minibatch of each pass is delivered once for all that."""
     (processes.folder / "epochs.py").write_text(EPOCHS)
@@ -229,7 +224,7 @@ def test_scripts_killed_in_their_loops(processes: Processes, ahead: int) -> None
     assert not processes.living("epochs")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", some([signal.SIGTERM, signal.SIGINT], signal.SIGINT))
 def test_a_signal_at_the_launcher(processes: Processes, number: signal.Signals) -> None:
     """All leave in good order, a snapshot is written, and nobody is left; --resume does the rest."""
     run = Run(processes, gradients=240, workers=3, seconds=0.02)
@@ -266,10 +261,10 @@ def test_a_second_signal_kills(processes: Processes) -> None:
     until(lambda: (run.folder / "logs/server-0.log").exists() and run.log("server-0").count("joined") == 2, "both")
     run.process.send_signal(signal.SIGTERM)
     until(lambda: "finish their steps" in run.processes.said(run.process), "the launcher's word")
-    time.sleep(0.2)
     assert run.process.poll() is None
+    assert len(processes.living("worker")) == 2
     run.process.send_signal(signal.SIGTERM)
-    assert processes.ends(run.process, 30) == 130
+    assert processes.ends(run.process) == 130
     assert not processes.living("worker")
     assert not processes.living("server")
 

@@ -7,17 +7,27 @@ import importlib.util
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from crew import Processes, until
+from conftest import some
+from crew import Nursery, Processes, until
 
 import offbeat as ob
 
 PORTS = Path(__file__).parent.parent / "examples" / "ports"
 LIMIT = 300.0
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """One that has imported what several of the scripts do."""
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"), "sklearn.datasets")
+    yield nursery
+    nursery.close()
 
 
 class Port(NamedTuple):
@@ -38,6 +48,7 @@ TEXT_HF = Port("huggingface", 24 * 40, "validation loss", 1.2192, 1.2237)
 DIGITS = Port("lit", 10 * 44, "accuracy", 98.71, 99.74)
 NEEDS = {"ppo": "gymnasium", "huggingface": "transformers", "lit": "lightning"}
 LOCAL = "LocalSGD(Local(SGD(0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)), period=4)"
+DANA = "dana-zero(lr=0.05, weight_decay=1e-4)"
 RUNS = [
     (TEXT, "async-local-sgd(period=5)"),
     (TEXT, "local-sgd(period=5)"),
@@ -45,7 +56,7 @@ RUNS = [
     (GAN, "local-sgd(period=2)"),
     (PPO, "async-local-sgd(period=16)"),
     (PPO, "local-sgd(period=16)"),
-    (IMAGES, "dana-zero(lr=0.05, weight_decay=1e-4)"),
+    (IMAGES, DANA),
     (IMAGES, LOCAL),
     (TEXT_HF, "async-adam"),
     (TEXT_HF, "diloco(period=10)"),
@@ -68,7 +79,9 @@ def test_at_most_five_lines_make_a_plain_script_one_of_many_workers(port: Port) 
 
 
 @pytest.mark.parametrize(
-    ("port", "method"), RUNS, ids=lambda value: value.name if isinstance(value, Port) else value.partition("(")[0]
+    ("port", "method"),
+    some(RUNS, (TEXT, "local-sgd(period=5)"), (IMAGES, DANA)),
+    ids=lambda value: value.name if isinstance(value, Port) else value.partition("(")[0],
 )
 def test_three_workers_of_which_one_is_killed_learn_the_same(processes: Processes, port: Port, method: str) -> None:
     """On as many minibatches; the one that is killed comes back. The figure, at those that are not, is no further from
