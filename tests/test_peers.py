@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 import offbeat as ob
 from offbeat.core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod
-from offbeat.core.members import Views
 from offbeat.core.method import Local
 from offbeat.core.topology import Ring
 from offbeat.names import read
@@ -33,7 +32,6 @@ from offbeat.runtime.link import Frame, Link, LinkLost
 from offbeat.runtime.peer import Peer
 from offbeat.runtime.place import Place, first_node
 from offbeat.runtime.protocol.wire import Header, Kind
-from offbeat.runtime.room import Room, Seat
 from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Driver, train
 from offbeat.trace import Deeds
@@ -391,16 +389,6 @@ def test_a_peer_whose_lives_all_end_in_vain_gives_up(runs: Callable[..., Run], m
     (error,) = until(lambda: run.errors, "its giving up", 30)
     assert isinstance(error, LinkLost)
     assert "3 lives in a row have ended before anything that they brought was taken" in str(error)
-
-
-def test_members_are_the_same_until_somebody_comes_or_goes() -> None:
-    views = Views(True, (0, 1))
-    assert views.same(3, 10) == 13
-    assert views.at(12) == (0, 1)
-    views.change(views.asked + 1, {2}, {0})
-    views.change(20, {3}, set())
-    assert (views.same(5, 10), views.same(13, 3), views.same(13, 10), views.same(20, 9)) == (13, 16, 20, 29)
-    assert [views.at(round) for round in (12, 13, 19, 20)] == [(0, 1), (1, 2), (1, 2), (1, 2, 3)]
 
 
 def test_a_coordinator_starts_again_from_its_snapshot(runs: Callable[..., Run], tmp_path: Path) -> None:
@@ -784,77 +772,6 @@ def test_a_script_under_torchrun(method: str, tmp_path: Path) -> None:
     assert len(counts) == 2, done
     assert sum(counts) == 2 * 16
     assert (tmp_path / "out" / "model.pt").exists()
-
-
-# ---------------------------------------------------------------- bookkeeping
-
-
-def seats(*workers: int) -> list[Seat]:
-    return [Seat(worker, worker + 1, f"h:{worker}", "here") for worker in workers]
-
-
-def test_an_average_that_a_death_breaks_is_taken_again_without_the_dead() -> None:
-    room = Room(ob.methods.AllReduce())
-    room.found(seats(0, 1, 2))
-    first = [room.reduce(worker, (0, 1, 2), (1, 0)) for worker in (0, 1, 2)]
-    assert first[0] is first[1] is first[2]
-    assert first[0].ranks == (0, 1, 2)
-    again = room.reduce(0, (0, 1, 2), (1, 0))
-    assert again is not first[0]
-    assert again.group != first[0].group
-    room.leave(2)
-    assert again.ranks == ()
-    assert room.reduce(1, (0, 1, 2), (1, 0)).ranks == again.ranks == (0, 1)
-    assert not room.averages
-
-
-def test_who_could_not_take_an_average_gets_it_from_one_who_has_it() -> None:
-    room = Room(ob.methods.AllReduce())
-    room.found(seats(0, 1, 2))
-    average = room.reduce(1, (0, 1, 2), (1, 0))
-    room.leave(2)
-    assert average.holder is None
-    assert average.ranks == ()
-    room.begin(0, 1)
-    assert average.holder == 0
-    later = room.reduce(1, (0, 1), (2, 0))
-    assert later.holder is None
-    room.reduce(0, (0, 1), (2, 1))  # the second one of that round
-    assert later.holder == 0
-
-
-def test_nobody_waits_for_the_dead_to_average() -> None:
-    room = Room(ob.methods.AllReduce())
-    room.found(seats(0, 1))
-    average = room.reduce(0, (0, 1), (1, 0))
-    assert average.ranks == ()
-    room.leave(1)
-    assert average.ranks == (0,)
-
-
-def test_a_newcomer_begins_with_the_first_peer_to_reach_its_round() -> None:
-    room = Room(ob.methods.DPSGD(topology=Ring()))
-    room.found(seats(0, 1))
-    assert room.views.at(0) == room.views.at(1) == (0, 1)
-    assert room.enter(seats(5)[0]) is None
-    assert room.begin(0, 1) == []
-    assert [seat.worker for seat in room.begin(1, 2)] == [5]
-    assert room.begin(0, 2) == []
-    assert room.views.at(2) == (0, 1, 5)
-    assert room.leave(1) == []
-    assert set(room.seats) == {0, 5}, "it says itself whether it has got its state"
-    assert room.leave(0) == room.leave(5) == []
-
-
-def test_newcomers_whom_nobody_is_left_to_welcome_begin_anew() -> None:
-    room = Room(ob.methods.ADPSGD())
-    room.found(seats(0))
-    donor = room.enter(seats(1)[0])
-    assert donor is not None
-    assert donor.worker == 0
-    assert set(room.seats) == {0}, "it counts once it has a state"
-    assert [seat.worker for seat in room.leave(0)] == [1]
-    assert not room.coming
 
 
 # ---------------------------------------------------------------- the user's own schedule

@@ -12,14 +12,14 @@ from .core.method import Method
 from .core.schedule import Schedule
 from .core.topology import Topology
 from .core.values import parse
-from .engines.cluster import Cluster, Membership
+from .engines.cluster import Cluster, MemberEvent
 from .engines.faults import Fault
 from .engines.network import Link, Network
 from .engines.processors import Machines
 from .engines.speed import Speed
 from .tasks import TASKS
 
-KINDS = (Method, Correction, Rule, Schedule, Topology, Speed, Membership, Fault)
+KINDS = (Method, Correction, Rule, Schedule, Topology, Speed, MemberEvent, Fault)
 """The base classes of what can be named; a class under one of them is found, if it is the library's or has been imported."""
 
 

@@ -16,7 +16,7 @@ from .speed import Gamma, Recorded, Speed
 
 
 @dataclass(frozen=True)
-class Membership:
+class MemberEvent:
     """Something that happens to the set of workers at a given time."""
 
     worker: int
@@ -29,15 +29,15 @@ class Membership:
         require(self, "at", 0 <= self.at < math.inf, "must be a finite time in seconds, at least 0")
 
 
-class Join(Membership):
+class Join(MemberEvent):
     """A new worker comes, or one that left or crashed comes back with no memory of before."""
 
 
-class Leave(Membership):
+class Leave(MemberEvent):
     """A worker finishes what it is at, delivers it, and goes: the gradient, or the period that the method exchanges after."""
 
 
-class Crash(Membership):
+class Crash(MemberEvent):
     """A worker is gone at once; the gradient it was at is lost."""
 
 
@@ -49,7 +49,7 @@ class Cluster:
     """Workers at the start, at least 1; their names are 0 to workers - 1."""
     speed: Speed = Gamma()
     """Seconds per gradient."""
-    events: tuple[Membership, ...] = ()
+    events: tuple[MemberEvent, ...] = ()
     """Who joins, leaves or crashes when."""
     network: Network = Network()
     """What messages cost; nothing unless told."""
@@ -63,7 +63,7 @@ class Cluster:
         require(self, "workers", whole and self.workers >= 1, "must be a whole number, at least 1")
         require(self, "speed", isinstance(self.speed, Speed), "must be a Speed such as Gamma(mean=1.0, cv=0.1)")
         for event in self.events:
-            if not isinstance(event, Membership):
+            if not isinstance(event, MemberEvent):
                 refuse(self, "events", event, "must be a Join, Leave or Crash such as Crash(worker=1, at=3.0)")
         present = set(range(self.workers))
         for event in sorted(self.events, key=lambda e: e.at):

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod
-from ..core.members import Views
+from ..core.gossip import GossipMethod
+from ..core.membership import Membership, membership
 from ..core.method import Message, Method, ServerMethod
-from ..core.periodic import PeriodicMethod
 from ..core.protocol import SERVER, Node, Server
 from .kernel import LARGE, Visits
 
@@ -159,9 +158,9 @@ class Centre(Ensemble):
 class Peers(Ensemble):
     """A run without a server: the model is the mean of the peers' models.
 
-    Peers that go in rounds must agree who takes part in each, so a change of membership counts from the first round
-    that nobody has asked about yet; until then the engine answers for the dead. A newcomer waits until that round
-    begins and starts from the state of the first peer to reach it. Peers that never wait see changes at once.
+    Who takes part in which round is `Membership`'s; a member that has died is answered for by the engine in rounds that were
+    asked about before. A newcomer has its state at once: from its donor, from the first peer to begin the round that it has
+    waited for, or from the last one to go, where nobody is left.
     """
 
     def __init__(self, method: Method, x0: Tensor, seed: int) -> None:
@@ -169,10 +168,7 @@ class Peers(Ensemble):
         self.method = method
         self.x0 = x0
         self.seed = seed
-        self.rounds = not isinstance(method, PushGossipMethod | PairGossipMethod)
-        self.nodes: dict[int, Node] = {}
-        self.waiting: list[tuple[int, Node]] = []  # newcomers, and the round that each waits for
-        self.views = Views(self.rounds)
+        self.membership: Membership[Node] = membership(method)
         self.last: Node | None = None  # the last to go, when nobody was left
         self.revived: list[Node] = []  # newcomers that took over then
         self.models: dict[int, Tensor] = {}
@@ -181,54 +177,50 @@ class Peers(Ensemble):
         self.total = torch.zeros_like(x0, dtype=torch.float64)
         self.middle: Tensor | None = None  # their mean, once it has been asked for
 
+    @property
+    def nodes(self) -> dict[int, Node]:
+        """Who takes part now."""
+        return self.membership.here
+
     def x(self) -> Tensor:
         nodes = self.nodes.values() or [n for n in (self.last,) if n]
         return torch.stack([self.method.params(node.state) for node in nodes]).mean(0)
 
     def begin(self, nodes: list[Node]) -> None:
-        self.views = Views(self.rounds, tuple(node.id for node in nodes))
+        self.membership.found(nodes)
         for node in nodes:
-            self._seat(node, self.method.init(self.x0), 0)
+            self._seat(node, self.method.init(self.x0))
 
     def enter(self, node: Node) -> int | None:
         if not self.nodes:
             self._revive([node])
             return node.id
-        if not self.rounds:
-            donor = min(self.nodes.values(), key=lambda n: n.id)
-            self.views.change(0, {node.id}, set())
-            self._join(node, donor)
-            return donor.id
-        begun = max(n.step for n in self.nodes.values()) + 1
-        start = max(self.views.asked + 1, begun)
-        if isinstance(self.method, PeriodicMethod):
-            start = self.method.boundary(start)
-        self.views.change(start, {node.id}, set())
-        self.waiting.append((start, node))
-        return None
+        donor = self.membership.enter(node)
+        if donor is None:
+            return None
+        self.membership.begin(node.id, donor.step)
+        self._join(node, donor)
+        return donor.id
 
     def arrivals(self, node: Node | None) -> list[Node]:
         if node is None:
             ready, self.revived = self.revived, []
             return ready
-        ready = [new for start, new in self.waiting if start <= node.step]
-        self.waiting = [(start, new) for start, new in self.waiting if start > node.step]
+        ready = self.membership.begin(node.id, node.step)
         for new in ready:
             self._join(new, node)
         return ready
 
     def leave(self, node: Node, orderly: bool) -> dict[int, Message]:
-        self.views.change(self.views.asked + 1, set(), {node.id})
-        self.waiting = [(start, new) for start, new in self.waiting if new.id != node.id]
-        if node.id in self.nodes:
-            del self.nodes[node.id]
+        was = node.id in self.nodes
+        left = self.membership.leave(node.id)
+        if was:
             self._count(node, None)
-            if not self.nodes:
-                self.last = node
-                self.revived = [new for _, new in self.waiting]
-                self._revive(self.revived)
+            heir = self.membership.heir()
+            if heir is None:
+                self.last, self.revived = node, left
+                self._revive(left)
             elif orderly and isinstance(self.method, GossipMethod):
-                heir = min(self.nodes.values(), key=lambda n: n.id)
                 heir.state = self.method.inherit(heir.state, node.state)
                 self.changed(heir)
         return {}
@@ -270,23 +262,17 @@ class Peers(Ensemble):
 
     def _join(self, node: Node, donor: Node) -> None:
         donor.state, state = self.method.welcome(donor.state)
-        self._seat(node, state, donor.step)
+        self._seat(node, state)
 
     def _revive(self, nodes: list[Node]) -> None:
-        """Nobody is left to wait for: these take up where the last one stopped."""
+        """Nobody is left to wait for: these take up where the last one stopped, or with the block after, if it was inside one."""
         assert self.last is not None
-        self.waiting = []
-        if isinstance(self.method, PeriodicMethod):  # it may have stopped inside a block, and they begin one
-            self.last.step = self.method.boundary(self.last.step)
-        asked, self.views = self.views.asked, Views(self.rounds, tuple(sorted(node.id for node in nodes)))
-        self.views.asked = asked
+        self.membership.found(nodes, self.last.step)
         for node in nodes:
             self._join(node, self.last)
 
-    def _seat(self, node: Node, state: Any, step: int) -> None:
-        node.view, node.seed, node.state = self.views.at, self.seed, state
-        node.step = node.since = step
-        self.nodes[node.id] = node
+    def _seat(self, node: Node, state: Any) -> None:
+        node.view, node.seed, node.state = self.membership.at, self.seed, state
         self._count(node, self.method.params(state))
 
 

@@ -28,7 +28,7 @@ from ..core.values import refuse
 from ..failure import Deadlock, Diverged, Failure, WorkerLost
 from ..trace import Evaluation, Event, Incident, Trace
 from .clock import Clock
-from .cluster import Cluster, Crash, Join, Leave, Membership
+from .cluster import Cluster, Crash, Join, Leave, MemberEvent
 from .ensemble import Centre, Peers, average, ensemble
 from .faults import Crashes, Fault
 from .lanes import Coming, Count, Lanes, Taken, check_lanes
@@ -394,7 +394,7 @@ class Simulation:
             now = then
         return now
 
-    def _member(self, event: Membership) -> None:
+    def _member(self, event: MemberEvent) -> None:
         if len(self.trace) >= self.gradients:
             return  # what happens to workers after the last gradient is nobody's business
         if isinstance(event, Join) and event.worker in self.workers:  # it is still at its last gradient

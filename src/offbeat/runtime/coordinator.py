@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..core.gossip import GossipMethod
+from ..core.membership import Membership, RoundMembership, membership
 from ..core.method import Method
 from ..core.periodic import PeriodicMethod
 from ..trace import Deeds
@@ -29,8 +30,8 @@ from . import snapshot
 from .host import Diverging, Host, OtherKind, Parse, Refused, Session, Terms
 from .leases import leases_in
 from .link import Frame, Link, LinkLost, machine
+from .protocol.averages import Average, Averages, Seat
 from .protocol.wire import Corrupt, Header, Kind, finite
-from .room import Average, Room, Seat
 from .server import RunServer
 
 FAR = 10_000
@@ -80,7 +81,8 @@ class Coordinator(Host):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.room: Room | None = None
+        self.membership: Membership[Seat]
+        self.averages: Averages
         self.start: Tensor | None = None  # where newcomers begin when nobody is there
         self.step = 0  # the round that they begin with then
         self.shown: dict[int, Tensor] = {}  # the models that peers have shown last
@@ -91,6 +93,11 @@ class Coordinator(Host):
     @property
     def running(self) -> bool:
         return self.start is not None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether peers go in rounds, so that a newcomer waits for one."""
+        return isinstance(self.membership, RoundMembership)
 
     def x(self) -> Tensor:
         if not self.shown:
@@ -104,7 +111,9 @@ class Coordinator(Host):
 
     def _begin(self, x: Tensor) -> None:
         assert self.method is not None
-        self.start, self.room = x, Room(self.method)
+        self.membership = membership(self.method)
+        self.averages = Averages(self.membership)
+        self.start = x
         self.gathered = time.monotonic()
         self.spawn("who tells peers that the coordinator is alive", self._beats)
 
@@ -128,8 +137,8 @@ class Coordinator(Host):
         if self.terms.transport == "shared" and note.get("machine") != machine():
             raise Refused("a peer on another machine cannot share memory: take the transport gloo, tcp or auto")
         seat = Seat(head.worker, head.incarnation, _address(note), str(note.get("machine")))
-        running = self.room is not None and bool(self.room.seats)
-        begin = self.room.open() if self.room is not None and running else self.step
+        running = self.running and bool(self.membership.here)
+        begin = self.membership.open() if running else self.step
         way = {"transport": self.terms.transport, "round": begin, "running": running}
         return Attendance(head.worker, head.incarnation, note.get("process"), link, head, seat=seat), way
 
@@ -138,10 +147,9 @@ class Coordinator(Host):
 
     def _enter(self, session: Attendance) -> int:
         """A peer is to take part, from some round on: which."""
-        assert self.room is not None
         assert session.seat is not None
-        if self.room.seats:
-            donor = self.room.enter(session.seat, session.round)
+        if self.membership.here:
+            donor = self.membership.enter(session.seat, session.round, session.seat.life)
             if donor is not None:
                 self._bring([session.seat], donor)
             return session.seat.since
@@ -152,14 +160,13 @@ class Coordinator(Host):
 
     def _bring(self, newcomers: list[Seat], donor: Seat) -> None:
         """Tell newcomers who gives them a state, and that one, where it does not know yet."""
-        assert self.room is not None
         self._news()
         for seat in newcomers:
-            newcomer = self.sessions[seat.worker]
-            newcomer.donor, newcomer.welcomed = (donor.worker, donor.life), True
+            newcomer = self.sessions[seat.id]
+            newcomer.donor, newcomer.welcomed = (donor.id, donor.life), True
             self._send(newcomer, Kind.NEWS, {"donor": newcomer.donor})
-        if not self.room.rounds:
-            self._send(self.sessions[donor.worker], Kind.NEWS, {"welcome": _lives(newcomers)})
+        if not self.rounds:
+            self._send(self.sessions[donor.id], Kind.NEWS, {"welcome": _lives(newcomers)})
 
     def _found(self, first: bool) -> None:
         """The run begins when all who were launched are there, or when they have had time enough to come."""
@@ -172,13 +179,9 @@ class Coordinator(Host):
             if not first or not self.founders:
                 self.changed.notify_all()
                 return
-            assert self.room is not None
-            assert self.start is not None
             founders, self.founders = self.founders, []
             start, step = self.x(), max(self.step, *(session.round for session in founders))
-            if isinstance(self.method, PeriodicMethod):
-                step = self.method.boundary(step)
-            self.room.found([s.seat for s in founders if s.seat is not None], step)
+            step = self.membership.found([s.seat for s in founders if s.seat is not None], step)
             self.start, self.shown = start, {}
             self._news()
             payload = self._model.pack(start)
@@ -199,23 +202,22 @@ class Coordinator(Host):
 
     def _without(self, session: Attendance) -> None:
         """A peer takes part no more. When nobody does, those who linger may go."""
-        assert self.room is not None
-        lost = self.room.leave(session.worker)
-        if not self.room.seats and self.shown:
+        lost = self.membership.leave(session.worker)
+        self.averages.gone(session.worker)
+        if not self.membership.here and self.shown:
             self.start = self.x()
         for seat in lost:
-            self._enter(self.sessions[seat.worker])
-        if not self.room.seats and not self.founders:
+            self._enter(self.sessions[seat.id])
+        if not self.membership.here and not self.founders:
             for other in self.sessions.values():
                 if other.done:
                     self._send(other, Kind.ANSWER, {"over": True})
 
     def _alive(self) -> list[dict[str, Any]]:
         """Who can be talked to: those who take part, those who come, and those who are done, of whom nothing more comes."""
-        assert self.room is not None
         done = [s.seat.about("done") for s in self.sessions.values() if s.done and s.seat is not None]
-        coming = [seat.about("coming") for seat in self.room.coming.values()]
-        return [*done, *coming, *(seat.about("in") for seat in self.room.seats.values())]
+        coming = [seat.about("coming") for seat in self.membership.coming.values()]
+        return [*done, *coming, *(seat.about("in") for seat in self.membership.here.values())]
 
     def _news(self) -> None:
         """Tell all who is there; under the lock."""
@@ -262,8 +264,7 @@ class Coordinator(Host):
 
     def _hear(self, session: Attendance, frame: Frame, note: dict[str, Any]) -> dict[str, Any] | None:
         """What a peer says, and the answer, if there is one to give."""
-        header, room = frame.header, self.room
-        assert room is not None
+        header = frame.header
         with self.changed:
             if self.sessions.get(session.worker) is not session:
                 raise LinkLost(f"worker {session.worker} speaks on the link of a life that is over")
@@ -291,7 +292,7 @@ class Coordinator(Host):
                     self._news()
                     self.changed.notify_all()
             elif header.kind == Kind.ENTER:
-                round, first = _round(note), max(self.step, room.open())
+                round, first = _round(note), max(self.step, self.membership.open())
                 session.mind(session.step is None and not session.entered, "asks in")
                 session.mind(round <= first + FAR, f"asks in from round {_said(note)} on, where {first} is the first")
                 session.round, session.entered = round, True
@@ -302,16 +303,14 @@ class Coordinator(Host):
 
     def _go_on(self, session: Attendance, note: dict[str, Any]) -> dict[str, Any]:
         """A peer wants minibatches, and but for those in the middle of a block, to begin a round."""
-        room = self.room
-        assert room is not None
         assert session.seat is not None
         if note.get("more"):
             session.mind(session.step is not None, "wants minibatches")
             return self._hand(session, note)
-        new, step = session.worker not in room.seats, _round(note)
+        new, step = session.worker not in self.membership.here, _round(note)
         if session.step is not None:
             turn = range(session.end, session.step + 1)
-        elif session.welcomed and (new or not room.rounds):  # with the state of a peer that has begun
+        elif session.welcomed and (new or not self.rounds):  # with the state of a peer that has begun
             turn = range(self.step + 1)
         elif new:
             turn = range(0)
@@ -324,11 +323,12 @@ class Coordinator(Host):
         leases = self._hand(session, note)
         if session in self.founders:  # it was to begin anew, and has got a state from one who has gone since
             self.founders.remove(session)
-            room.found([session.seat], step)
+            self.membership.found([session.seat], step)
             founders, self.founders = self.founders, []
             for other in founders:
                 self._enter(other)
-        newcomers = room.begin(session.worker, step)
+        newcomers = self.membership.begin(session.worker, step)
+        self.averages.begun(session.worker, step)
         self.changed.notify_all()  # who waits for an average that this one has
         if newcomers:
             self._bring(newcomers, session.seat)
@@ -339,7 +339,7 @@ class Coordinator(Host):
             for other in self.sessions.values():
                 other.show = True
         show, session.show = session.show, False
-        members = room.views.at(session.end - 1)  # which closes all rounds of the block to newcomers
+        members = self.membership.at(session.end - 1)  # which closes all rounds of the block to newcomers
         news = {"welcome": _lives(newcomers), "show": show}
         return {**leases, "members": members, "end": session.end, **news}
 
@@ -347,10 +347,9 @@ class Coordinator(Host):
         """Up to which round a peer that begins round ``step`` goes on without asking: its block, and as many more as fit into
         a ``moment`` and have the same members.
         """
-        assert self.room is not None
         (then, before), session.asked = session.asked, (time.monotonic(), step)
         rounds = int(moment * (step - before) / (session.asked[0] - then))
-        limit, end = self.room.views.same(step, min(rounds, MOST)), step
+        limit, end = self.membership.same(step, min(rounds, MOST)), step
         while end == step or end + self._span(end) <= limit:
             end += self._span(end)
         return end
@@ -377,15 +376,16 @@ class Coordinator(Host):
 
     def _average(self, session: Attendance, note: dict[str, Any]) -> dict[str, Any]:
         """Wait for all who live to ask for an average, and not for those who have it; under the lock."""
-        room, members = self.room, _members(note)
-        assert room is not None
+        members = _members(note)
         assert session.seat is not None
         round, index = session.at(note), note.get("index")
-        known = session.worker in members and set(members) <= set(room.views.at(round - 1)) and type(index) is int
-        session.mind(known and session.worker in room.seats, f"wants an average of workers {str(members)[:100]}")
-        average = session.average = room.reduce(session.worker, members, (round, int(index or 0)))
+        known = session.worker in members and set(members) <= set(self.membership.at(round - 1)) and type(index) is int
+        session.mind(
+            known and session.worker in self.membership.here, f"wants an average of workers {str(members)[:100]}"
+        )
+        average = session.average = self.averages.ask(session.worker, members, (round, int(index or 0)))
         self.changed.notify_all()
-        while not average.ranks and average.holder is None:
+        while not average.settled:
             if self.stopping.is_set() or self.sessions.get(session.worker) is not session:
                 raise LinkLost(f"worker {session.worker} is gone while an average waited")
             self.changed.wait(self.terms.beat)
@@ -397,7 +397,6 @@ class Coordinator(Host):
         return {"group": average.group, "ranks": list(average.ranks), "holder": average.holder}
 
     def _part(self, session: Attendance, orderly: bool) -> None:
-        assert self.room is not None
         if session in self.founders:
             self.founders.remove(session)
         if not session.done:
@@ -419,7 +418,7 @@ class Coordinator(Host):
 
 
 def _lives(seats: list[Seat]) -> list[tuple[int, int]]:
-    return [(seat.worker, seat.life) for seat in seats]
+    return [(seat.id, seat.life) for seat in seats]
 
 
 def _said(note: dict[str, Any]) -> str:
