@@ -35,11 +35,28 @@ def some(cases: Iterable[Any], *kept: Any) -> list[Any]:
     ]
 
 
-def by_turns(cases: Iterable[Any], others: Iterable[Any]) -> list[Any]:
-    """For a parametrization by two values: all pairs, of which `make test` runs for each case one of the others, by turns."""
+def one_of(every: int, cases: Iterable[Any]) -> list[Any]:
+    """For a parametrization: all cases, of which `make test` runs the first and one of ``every`` so many after it."""
+    return [case if i % every == 0 else pytest.param(case, marks=pytest.mark.matrix) for i, case in enumerate(cases)]
+
+
+def named(value: Any) -> str:
+    """A value in the name of a case."""
+    if isinstance(value, tuple):
+        return "-".join(map(named, value))
+    return str(getattr(value, "name", None) or getattr(value, "__name__", value))
+
+
+def by_turns(cases: Iterable[Any], others: Iterable[Any], every: int | None = None) -> list[Any]:
+    """For a parametrization by two values: all pairs, of which `make test` runs for each case one of the others by turns, or
+    one of ``every`` so many.
+    """
     cases, others = list(cases), list(others)
+    every = every or len(others)
     return [
-        pytest.param(case, other, marks=[] if j == i % len(others) else [pytest.mark.matrix])
+        pytest.param(
+            case, other, marks=[] if (j - i) % every == 0 else [pytest.mark.matrix], id=f"{named(case)}-{named(other)}"
+        )
         for i, case in enumerate(cases)
         for j, other in enumerate(others)
     ]

@@ -82,7 +82,7 @@ def at_work() -> set[int]:
 def rest(before: set[int]) -> None:
     """Wait until no thread is at work but those of ``before``; else say where they are."""
     try:
-        until(lambda: at_work() <= before, "the end of all threads of the run", 20)
+        until(lambda: at_work() <= before, "the end of all threads of the run")
     except TimeoutError as late:
         stacks = ["".join(traceback.format_stack(sys._current_frames().get(thread))) for thread in at_work() - before]
         raise TimeoutError("\n".join([f"{late}; still at work:", *stacks])) from None
@@ -237,7 +237,7 @@ class Nursery:
         assert self.parent.stdout
         self.parent.stdin.close()
         self.parent.stdout.close()
-        self.parent.wait(10)
+        self.parent.wait(120)
 
 
 class Processes:
@@ -299,12 +299,12 @@ class Processes:
             for pid in family:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            process.wait(10)
+            process.wait(120)
         for pid, *_ in self.nursery.born():
             if pid not in self.before and alive(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                until(lambda pid=pid: not alive(pid), f"the end of process {pid}", 10)
+                until(lambda pid=pid: not alive(pid), f"the end of process {pid}")
 
 
 def load(folder: Path) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import fake_device
 import pytest
 import torch
+from conftest import by_turns
 from crew import Serving, heard, until
 from test_peers import PEERS, PROBLEM, Run
 from torch import Tensor, nn
@@ -119,12 +120,10 @@ def test_a_worker_alone(cls: type[ob.Method]) -> None:
 # ---------------------------------------------------------------- with a server
 
 
-@pytest.mark.parametrize(("servers", "transport"), [(1, "shared"), (2, "tcp")])
-@each(SERVER)
-def test_a_worker_of_servers(
-    cls: type[ob.ServerMethod], servers: int, transport: str, serve: Callable[..., Serving]
-) -> None:
+@pytest.mark.parametrize(("cls", "over"), by_turns(SERVER, [(1, "shared"), (2, "tcp")]))
+def test_a_worker_of_servers(cls: type[ob.ServerMethod], over: tuple[int, str], serve: Callable[..., Serving]) -> None:
     """Its link breaks, and it joins again."""
+    servers, transport = over
 
     def trained(device: torch.device) -> Tensor:
         terms = Terms(short(cls), None, 1, transport=transport, beat=0.05)

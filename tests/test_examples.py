@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crew import Nursery
 
 import offbeat as ob
 
@@ -24,7 +25,7 @@ def run() -> Iterator[object]:
     """Runs a command to its end, or kills it and all that it has started."""
     started: list[subprocess.Popen[str]] = []
 
-    def run(*command: str, timeout: float = 240) -> str:
+    def run(*command: str, timeout: float = 600) -> str:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
         process = subprocess.Popen(
             command,
@@ -56,12 +57,12 @@ def test_at_most_four_lines_make_a_plain_script_one_of_many_workers() -> None:
     assert sum(line.startswith("-") for line in changes) <= 4
 
 
-def test_both_learn_mnist(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_both_learn_mnist(run, nursery: Nursery, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     if not ob.tasks.Mnist.data().present:
         pytest.skip("MNIST's files were not found: set OFFBEAT_DATA")
     few = ("--examples", "3200", "--epochs", "2")
-    plain = run(sys.executable, "examples/mnist_plain.py", *few)
-    launch = (sys.executable, "-m", "offbeat", "launch", "--workers", "2", "--out", str(tmp_path))
+    plain = run(nursery.python, "examples/mnist_plain.py", *few)
+    launch = (nursery.python, "-m", "offbeat", "launch", "--workers", "2", "--out", str(tmp_path))
     run(*launch, "examples/mnist.py", *few)
     ours = (tmp_path / "logs" / "worker-0.log").read_text()
     for text in (plain, ours):

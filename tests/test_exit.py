@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from crew import Processes, Serving, alive, until
+from crew import LIMIT, Processes, Serving, alive, until
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -109,7 +109,7 @@ def failed():
 def test_python_ends_when_threads_have_freed_what_they_had(what: str) -> None:
     """An owner that goes at the very end leaves in a thread, and so does what a thread is at: it may be a tensor."""
     done = subprocess.run(
-        [sys.executable, "-c", SLOW.replace("{what}", what)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SLOW.replace("{what}", what)], capture_output=True, text=True, timeout=LIMIT
     )
     assert (done.returncode, done.stdout.split()[-1]) == (0, "freed"), done
 
@@ -117,7 +117,9 @@ def test_python_ends_when_threads_have_freed_what_they_had(what: str) -> None:
 def test_python_does_not_wait_for_threads_of_a_worker_that_has_not_left() -> None:
     """As one whose training has failed: its threads would go on."""
     code = SLOW.replace("{what}", "failed")
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "OFFBEAT_GRACE": "10000"}, check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OFFBEAT_GRACE": "10000"}, check=True, timeout=LIMIT
+    )
 
 
 # in this process
@@ -284,8 +286,8 @@ def test_a_forked_child_is_not_the_worker() -> None:
 
         process = multiprocessing.get_context("fork").Process(target=child)
         process.start()
-        process.join(60)
-        assert told.poll(60)
+        process.join(LIMIT)
+        assert told.poll(LIMIT)
         why, default = told.recv()
         assert "forked after its replica was made" in why
         assert default

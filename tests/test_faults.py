@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bowl
+from conftest import Bowl, by_turns
 
 import offbeat as ob
 from offbeat import Crash, Crashes, Join, Loss, Network, Partition, Straggler
@@ -77,8 +77,7 @@ FAULTS["all, and often"] = (
 )
 
 
-@pytest.mark.parametrize("name", FAULTS)
-@each_method
+@pytest.mark.parametrize(("cls", "name"), by_turns(METHODS, FAULTS, every=3))
 def test_a_run_goes_on(cls: type[ob.Method], name: str) -> None:
     """To exactly its gradients, finite, in order of time, no minibatch twice, and to the same bits again."""
     run, again = simulate(calm(cls), *FAULTS[name]), simulate.__wrapped__(calm(cls), *FAULTS[name])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import one_of
 from torch import Tensor
 
 import offbeat as ob
@@ -103,7 +104,7 @@ def test_blocks_give_the_same_bits_as_the_whole(method: ob.ServerMethod) -> None
 
 
 @needs_compiler
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: repr(m)[:40])
+@pytest.mark.parametrize("method", one_of(3, METHODS), ids=lambda m: repr(m)[:40])
 def test_fused_is_eager(method: ob.ServerMethod) -> None:
     """Two workers, other arguments the same tensor at each visit: one compilation for all of them."""
     served = Visits(method, torch.zeros(D))
@@ -134,7 +135,7 @@ def absorbed(method: ob.PeriodicMethod, local: Callable[..., Any], absorb: Calla
 
 
 @needs_compiler
-@pytest.mark.parametrize("cls", PERIODIC, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", one_of(3, PERIODIC), ids=lambda c: c.__name__)
 def test_a_periodic_methods_handlers_are_the_same_in_every_way(cls: type[ob.PeriodicMethod]) -> None:
     method = cls(inner=ob.Local(LOCAL)) if issubclass(cls, ob.OuterMethod) else cls(rule=LOCAL)  # type: ignore[call-arg]
     w = method.init(torch.zeros(D))
@@ -164,7 +165,7 @@ def test_a_gossiping_peers_handlers_are_kernels_too() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: repr(m)[:40])
+@pytest.mark.parametrize("method", one_of(5, METHODS), ids=lambda m: repr(m)[:40])
 def test_a_visit_knows_what_is_not_finite(method: ob.ServerMethod) -> None:
     """In every way: a message, a state or a reply of which one number is none. A reply has memory of its own."""
     size, generator = 37, torch.Generator().manual_seed(0)

@@ -274,7 +274,7 @@ def test_nobody_outlives_a_launcher_that_is_killed(processes: Processes) -> None
     run = Run(processes, gradients=100_000, workers=2, seconds=0.02)
     run.reaches(10)
     os.kill(run.pid("launch"), signal.SIGKILL)
-    until(lambda: not processes.living("server") and not processes.living("worker"), "the end of all", 30)
+    until(lambda: not processes.living("server") and not processes.living("worker"), "the end of all")
     trace = ob.Trace.read(run.folder / "trace.jsonl")
     found = snapshot.newest(run.folder / "snapshots", heard())
     assert found
@@ -309,5 +309,5 @@ def test_a_server_told_to_stop_leaves_all_that_is_needed(processes: Processes) -
 def _nothing_is_left(processes: Processes) -> Iterator[None]:
     """Whatever a test starts is gone when it ends, by itself and not because it was killed in the end."""
     yield
-    left = until(lambda: not (processes.living("server") or processes.living("worker")) or None, "the end of all", 20)
+    left = until(lambda: not (processes.living("server") or processes.living("worker")) or None, "the end of all")
     assert left

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bowl, differ, same
+from conftest import Bowl, by_turns, differ, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -426,8 +426,7 @@ CASES: dict[str, tuple[ob.ServerMethod, Callable[..., Walk]]] = {
 each_case = pytest.mark.parametrize("case", CASES)
 
 
-@each_case
-@pytest.mark.parametrize("workers", [1, 4, 16])
+@pytest.mark.parametrize(("case", "workers"), by_turns(CASES, [1, 4, 16]))
 def test_a_method_walks_its_papers_equations(case: str, workers: int) -> None:
     """Every paper's update, weight decay where the docstring says: the same master and sent points at every gradient."""
     method, equations = CASES[case]

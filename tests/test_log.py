@@ -87,5 +87,5 @@ def test_a_line_that_cannot_be_written_is_dropped(monkeypatch: pytest.MonkeyPatc
 def test_logging_needs_nothing_of_the_library() -> None:
     """A process that only watches must not import torch for it."""
     code = "import logging; logging.basicConfig(); from offbeat import log; log.WORKER.warning('one')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stderr == "WARNING:offbeat.worker:one\n"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bowl, same
+from conftest import Bowl, by_turns, same
 from torch import Tensor
 
 import offbeat as ob
@@ -265,8 +265,7 @@ def zero(x: Tensor) -> bool:
     return float(x.abs().max()) < 1e-9
 
 
-@pytest.mark.parametrize("network", SLOW)
-@pytest.mark.parametrize("name", CONSERVING)
+@pytest.mark.parametrize(("name", "network"), by_turns(CONSERVING, SLOW))
 def test_nothing_is_lost_under_way(name: str, network: str) -> None:
     """Push-sum's mass and weight, and the sum of models that meet in pairs, messages under way counted: the same at all
     times, while workers leave, crash and join; but for what one that crashes has, and for what a newcomer is given."""

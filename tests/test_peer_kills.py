@@ -117,7 +117,7 @@ def test_who_pushes_waits_for_nobody(processes: Processes) -> None:
     run.reaches(20)
     os.kill(worker := run.pid("worker", "0"), signal.SIGSTOP)
     asleep = run.counts()
-    until(lambda: all(run.counts()[w] > asleep[w] + 50 for w in (1, 2)), "steps of the others", 30)
+    until(lambda: all(run.counts()[w] > asleep[w] + 50 for w in (1, 2)), "steps of the others")
     os.kill(worker, signal.SIGCONT)
     trace = whole(run, 500)
     assert [i.what for i in trace.incidents if i.worker == 0] == ["joined", "left"]

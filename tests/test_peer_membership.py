@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import by_turns
 from test_peer_laws import DISH, JUMP, Scatter, close
 from torch import Tensor
 
@@ -140,8 +141,7 @@ def check(method: ob.Method, events: Events, speed: ob.Speed, workers: int = 4, 
 WHAT = {Crash: "crashed", Leave: "left", Join: "joined"}
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@each_method
+@pytest.mark.parametrize(("cls", "scenario"), by_turns(PEERS, SCENARIOS, every=5))
 def test_a_run_goes_on(cls: type[ob.Method], scenario: str) -> None:
     """Everything that happens is on record. Methods of a kind share out two speeds and periods among them."""
     events = SCENARIOS[scenario]

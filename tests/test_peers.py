@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from crew import heard, until
+from conftest import by_turns
+from crew import Processes, heard, until
 from torch import Tensor, nn
 
 import offbeat as ob
@@ -40,7 +39,7 @@ PEERS = [cls for cls in ob.methods.all_methods() if not issubclass(cls, ob.Serve
 ROUNDS = [cls for cls in PEERS if not issubclass(cls, PushGossipMethod | PairGossipMethod)]
 GOSSIP = [cls for cls in PEERS if issubclass(cls, GossipMethod)]
 PROBLEM = ob.tasks.Quadratic(dtype="float64")
-TOKEN, LIMIT = "secret", 60.0
+TOKEN, LIMIT = "secret", 300.0
 
 
 class Run:
@@ -120,12 +119,14 @@ def short(cls: type[ob.Method]) -> ob.Method:
     return cls(**{name: value for name, value in {"period": 2, "start": 4}.items() if name in names})
 
 
-@pytest.mark.parametrize("transport", ["shared", "gloo"])
-@pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("cls", ROUNDS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    ("cls", "over"),
+    by_turns(ROUNDS, [(workers, transport) for transport in ("shared", "gloo") for workers in (2, 4)]),
+)
 def test_rounds_end_where_the_simulator_ends(
-    cls: type[ob.Method], workers: int, transport: str, runs: Callable[..., Run]
+    cls: type[ob.Method], over: tuple[int, str], runs: Callable[..., Run]
 ) -> None:
+    workers, transport = over
     method, gradients = short(cls), 16 * workers
     run = runs(method, workers, None, transport=transport)
     for i in range(workers):
@@ -136,8 +137,7 @@ def test_rounds_end_where_the_simulator_ends(
     torch.testing.assert_close(x, wanted.x, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("transport", ["shared", "gloo"])
-@pytest.mark.parametrize("cls", GOSSIP, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(("cls", "transport"), by_turns(GOSSIP, ["shared", "gloo"]))
 def test_gossip_over_shared_memory_and_gloo(cls: type[ob.Method], transport: str, runs: Callable[..., Run]) -> None:
     run = runs(short(cls), 2, 24, transport=transport)
     x, trace = whole(run)
@@ -396,11 +396,13 @@ def test_a_coordinator_starts_again_from_its_snapshot(runs: Callable[..., Run], 
     run = runs(ob.methods.LocalSGD(period=2), 2, 400, every=0.2)
     for i in range(2):
         run.start(i, lambda driver: train(driver, PROBLEM, ob.Fixed(0.004)))
-    time.sleep(1.2)
-    done, port = run.host.leases.done, run.host.port
-    assert done > 0
+    until(
+        lambda: snapshot.found(run.folder / "snapshots") and run.host.leases.done > 20,
+        "a snapshot in the middle of the run",
+    )
+    port = run.host.port
     run.host.stop()
-    run.threads[0].join(10)
+    run.threads[0].join(60)
     again = Coordinator(run.terms, TOKEN, run.folder, read, heard(run.said), port=port)
     assert again.resume()
     assert again.leases.done > 0
@@ -749,27 +751,16 @@ print(f"took {count}\\n", end="", flush=True)
 
 
 @pytest.mark.parametrize("method", ["ob.methods.SGP()", "ob.methods.ADPSGD()", "ob.methods.DanaZero(0.01)"])
-def test_a_script_under_torchrun(method: str, tmp_path: Path) -> None:
+def test_a_script_under_torchrun(method: str, processes: Processes, tmp_path: Path) -> None:
     """Nothing is said but the method, in the script; rank 0 hosts the run."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.replace("METHOD", method))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "0",
-        str(script),
-    ]
-    environment = {**os.environ, "OFFBEAT_OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
-    environment["MASTER_PORT"] = str(20_000 + os.getpid() % 10_000)
-    command[command.index("--master-port") + 1] = environment["MASTER_PORT"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    counts = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("took")]
-    assert len(counts) == 2, done
+    port = str(20_000 + os.getpid() % 10_000)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, str(script)]
+    done = processes.start(*command, OFFBEAT_OUT=str(tmp_path / "out"), OMP_NUM_THREADS="1")
+    assert processes.ends(done) == 0, processes.said(done)
+    counts = [int(line.split()[1]) for line in processes.said(done).splitlines() if line.startswith("took")]
+    assert len(counts) == 2, processes.said(done)
     assert sum(counts) == 2 * 16
     assert (tmp_path / "out" / "model.pt").exists()
 

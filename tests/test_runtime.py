@@ -49,11 +49,6 @@ each_method = pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.name)
 Serve = Callable[..., Serving]
 
 
-def name(value: Any) -> str:
-    """How a case is called."""
-    return getattr(value, "name", str(value))
-
-
 def terms(method: ob.ServerMethod | None, gradients: int | None = 60, **other: Any) -> Terms:
     return Terms(**{"method": method, "gradients": gradients, "workers": 3, "beat": 0.05, "timeout": 20.0} | other)
 
@@ -68,7 +63,7 @@ def finish(*running: Serving) -> None:
 # replay
 
 
-@pytest.mark.parametrize(("cls", "transport"), by_turns(METHODS, ["shared", "gloo", "tcp"]), ids=name)
+@pytest.mark.parametrize(("cls", "transport"), by_turns(METHODS, ["shared", "gloo", "tcp"]))
 def test_replay_is_the_run(serve: Serve, cls: type[ob.ServerMethod], transport: str) -> None:
     """Workers of uneven speeds end where the recorded order ends when one process runs it again; nothing is refused."""
     run = serve(terms(cls(), None, transport=transport))
@@ -163,7 +158,7 @@ LARGE = [ob.methods.ASGD(0.1), ob.methods.DanaZero(0.1), ob.methods.SSP(ob.metho
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside its compiler
-@pytest.mark.parametrize(("method", "transport"), by_turns(LARGE, ["shared", "tcp"]), ids=name)
+@pytest.mark.parametrize(("method", "transport"), by_turns(LARGE, ["shared", "tcp"]))
 def test_a_large_models_reply_is_written_where_it_is_read(
     method: ob.ServerMethod, transport: str, serve: Serve
 ) -> None:

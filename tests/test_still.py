@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import by_turns
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import offbeat as ob
@@ -30,8 +31,7 @@ def run(method: ob.Method, cluster: ob.Cluster) -> ob.Run:
     return ob.simulate(method, ob.tasks.TimeOnly(), cluster, gradients=200)
 
 
-@pytest.mark.parametrize("where", CLUSTERS)
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize(("method", "where"), by_turns(METHODS, CLUSTERS))
 def test_a_still_method_takes_the_time_of_the_method(
     method: ob.Method, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
