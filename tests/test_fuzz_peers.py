@@ -346,7 +346,7 @@ def test_a_member_of_a_group_that_does_not_say_where_it_listens(entry: Any, targ
 
 def visit(target: Target, **head: Any) -> tuple[Link, Header]:
     """A link to worker 0, on which somebody has said who it is."""
-    link = dial(target.host.membership.here[0].address, TOKEN, "worker 0", 20.0)
+    link = dial(target.host.coordination.membership.here[0].address, TOKEN, "worker 0", 20.0)
     header = Header(Kind.HELLO, 1, 7, 10**6)._replace(**head)
     link.send(header, None, {"machine": "elsewhere"})
     return link, header
@@ -378,7 +378,7 @@ def test_frames_to_a_peer(kind: str, target: Callable[[str], Target]) -> None:
     one = target(kind)
     one.begin()
     for _ in range(CALLS):
-        other = one.host.membership.here[1]
+        other = one.host.coordination.membership.here[1]
         names = {} if one.rng.random() < 0.5 else {"worker": 1, "incarnation": other.life}
         link, header = visit(one, **names)
         fields, data, note = odd(one.rng, one.run.method)
@@ -409,7 +409,7 @@ def test_good_messages_of_the_unknown_are_not_taken(kind: str, target: Callable[
         form: torch.full((form.bytes // 8,), 1e6, dtype=torch.float64).view(torch.uint8) for form in (message, state)
     }
     links = []
-    seat = one.host.membership.here[1]
+    seat = one.host.coordination.membership.here[1]
     for who in ({}, {"worker": 1, "incarnation": seat.life - 1}, {"worker": 1, "incarnation": 10**6}):
         for what, form in ((Kind.SEND, message), (Kind.ASK, message), (Kind.STATE, state), (Kind.HEIR, state)):
             if form.bytes:
@@ -427,7 +427,7 @@ def test_strangers_get_no_link_to_a_peer(target: Callable[[str], Target]) -> Non
     """Who does not know the token, or says anything, or nothing, is sent away; the others notice nothing."""
     one = target("pushes")
     one.begin()
-    host, _, port = one.host.membership.here[0].address.rpartition(":")
+    host, _, port = one.host.coordination.membership.here[0].address.rpartition(":")
     for k in range(200):
         with socket.create_connection((host, int(port)), timeout=20) as sock:
             if k % 4 == 0:

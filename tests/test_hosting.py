@@ -29,6 +29,8 @@ from offbeat.runtime import host, journal, snapshot
 from offbeat.runtime.coordinator import Coordinator
 from offbeat.runtime.host import Terms
 from offbeat.runtime.journal import Journal, beyond, whole
+from offbeat.runtime.leases import Leases
+from offbeat.runtime.protocol.coordinator import Coordination
 from offbeat.runtime.worker import Worker, train
 
 PROBLEM = ob.tasks.Quadratic(d=11)
@@ -509,11 +511,11 @@ def test_a_thread_of_the_host_that_fails_ends_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What fails is said, with where it was, and whoever has started the host hears of it."""
-    monkeypatch.setattr(Coordinator, "_found", lambda *about: 1 / 0)
+    monkeypatch.setattr(Coordinator, "_clock", lambda *about: 1 / 0)
     run = runs(ob.methods.AllReduce(ob.SGD(0.1)), 1, None)
     run.start(0, lambda driver: None)
     run.threads[0].join(60)
-    assert run.host.failure == "the beginning of the first round failed (ZeroDivisionError('division by zero'))"
+    assert run.host.failure == "the coordinator's clock failed (ZeroDivisionError('division by zero'))"
     assert "in <lambda>" in "".join(run.said)
 
 
@@ -595,14 +597,13 @@ def test_a_snapshot_is_as_large_as_the_state_without_workers(serve: Serve) -> No
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 20_000_000), (torch.bfloat16, 50_000_000)])
-def test_the_mean_of_shown_models_is_taken_one_by_one(tmp_path: Path, dtype: torch.dtype, most: int) -> None:
+def test_the_mean_of_shown_models_is_taken_one_by_one(dtype: torch.dtype, most: int) -> None:
     """So it needs one model more, and of short numbers the sum and one of them as float32."""
-    made = Coordinator(Terms(ob.methods.DPSGD()), TOKEN, tmp_path, ob.names.read, heard())
+    made = Coordination(ob.methods.DPSGD(), torch.zeros(1), Leases(), 0.0)
     made.shown = {k: torch.full((4_000_000,), 1.0 + k % 3, dtype=dtype) for k in range(6)}
     with within(most):
         x = made.x()
     assert torch.equal(x, torch.full((4_000_000,), 2.0, dtype=dtype))
-    made.close()
 
 
 # the end

@@ -38,7 +38,7 @@ def test_a_word_of_the_coordinator_that_makes_no_sense_ends_the_script(
 
     run.start(0, act)
     session = until(lambda: run.host.sessions.get(0), "the worker")
-    until(lambda: session.welcomed or run.host.membership.here, "its state")
+    until(lambda: run.host.running and (session.peer.welcomed or run.host.coordination.membership.here), "its state")
     session.link.send(session.head._replace(kind=Kind.NEWS))
     waits.set()
     (error,) = until(lambda: run.errors, "the error of the thread", 30)

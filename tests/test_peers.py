@@ -23,13 +23,15 @@ from offbeat.core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod
 from offbeat.core.method import Local
 from offbeat.core.topology import Ring
 from offbeat.names import read
-from offbeat.runtime import coordinator, snapshot
+from offbeat.runtime import snapshot
 from offbeat.runtime.coordinator import Coordinator, host_for, resumed
 from offbeat.runtime.entry import enter
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import Frame, Link, LinkLost
 from offbeat.runtime.peer import Peer
 from offbeat.runtime.place import Place, first_node
+from offbeat.runtime.protocol import coordinator
+from offbeat.runtime.protocol.coordinator import Coordination
 from offbeat.runtime.protocol.wire import Header, Kind
 from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Driver, train
@@ -276,11 +278,13 @@ def test_newcomers_who_have_states_begin_with_them_though_their_donor_has_finish
         driver.leave(True)
 
     run.start(0, gives)
-    until(lambda: run.errors or (0 in run.host.sessions and run.host.sessions[0].step is not None), "the first one")
+    until(
+        lambda: run.errors or (0 in run.host.sessions and run.host.sessions[0].peer.step is not None), "the first one"
+    )
     run.start(1, comes)
     run.start(2, comes)
     until(lambda: run.errors or 0 in run.host.finished, "the end of the donor")
-    until(lambda: len(run.host.founders) == (2 if founders > 1 else 0), "the newcomers' turn")
+    until(lambda: len(run.host.coordination.founders) == (2 if founders > 1 else 0), "the newcomers' turn")
     over.set()
     for worker in range(3, founders):
         run.start(worker, comes)
@@ -342,9 +346,9 @@ def test_peers_go_on_for_a_moment_without_asking(
 ) -> None:
     """However long that is, comers and goers are in their rounds, and all steps are told."""
     asked: list[int] = []
-    go_on = Coordinator._go_on
+    go_on = Coordination._go_on
 
-    def count(self: Coordinator, session: Any, note: dict[str, Any]) -> Any:
+    def count(self: Coordination, session: Any, note: dict[str, Any]) -> Any:
         asked.extend([1] if "more" not in note else [])
         return go_on(self, session, note)
 
@@ -362,7 +366,7 @@ def test_peers_go_on_for_a_moment_without_asking(
 
     monkeypatch.setattr(coordinator, "MOMENT", 1e9)
     monkeypatch.setattr(coordinator, "MOST", 25)
-    monkeypatch.setattr(Coordinator, "_go_on", count)
+    monkeypatch.setattr(Coordination, "_go_on", count)
     run = runs(cls(), 3, None)
     for worker, steps in enumerate((300, 300, 40)):
         run.start(worker, own(steps))
@@ -383,7 +387,7 @@ def test_a_peer_whose_lives_all_end_in_vain_gives_up(runs: Callable[..., Run], m
         raise LinkLost("the link is broken")
 
     monkeypatch.setattr("offbeat.runtime.worker.LIVES", 3)
-    monkeypatch.setattr(Coordinator, "_go_on", none)
+    monkeypatch.setattr(Coordination, "_go_on", none)
     run = runs(ob.methods.LocalSGD(period=2), 1, None)
     run.start(0, lambda driver: train(driver, PROBLEM))
     (error,) = until(lambda: run.errors, "its giving up", 30)
