@@ -29,8 +29,9 @@ def test_workers_killed_twenty_times_at_random_moments(processes: Processes) -> 
     rng = random.Random(3)
     for kill in range(20):
         run.reaches(32 * kill + rng.randrange(32))
-        victims = until(lambda: processes.living("worker"), "a worker that is alive")
-        os.kill(rng.choice(victims), signal.SIGKILL)
+        victim = rng.choice(until(lambda: processes.living("worker"), "a worker that is alive"))
+        os.kill(victim, signal.SIGKILL)
+        until(lambda pid=victim: not alive(pid), "its end")  # else it might be killed again
     trace = run.ends()
     assert len(trace) == gradients
     steps = {w: [event.step for event in trace if event.worker == w] for w in range(workers)}

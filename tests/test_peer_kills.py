@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 from conftest import some
-from crew import Processes, Run, heard, until
+from crew import Processes, Run, alive, heard, until
 
 import offbeat as ob
 from offbeat.runtime import snapshot
@@ -39,8 +39,9 @@ def test_peers_killed_twenty_times_at_random_moments(kind: str, processes: Proce
     rng = random.Random(3)
     for kill in range(20):
         run.reaches(32 * kill + rng.randrange(32))
-        victims = until(lambda: processes.living("worker"), "a worker that is alive")
-        os.kill(rng.choice(victims), signal.SIGKILL)
+        victim = rng.choice(until(lambda: processes.living("worker"), "a worker that is alive"))
+        os.kill(victim, signal.SIGKILL)
+        until(lambda pid=victim: not alive(pid), "its end")  # else it might be killed again
     trace = whole(run, gradients)
     assert run.said().count("was killed by SIGKILL") == 20
     count = Counter(incident.what for incident in trace.incidents)
