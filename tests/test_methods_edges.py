@@ -399,7 +399,8 @@ def test_peers_that_crash_and_come_back_hundreds_of_times(name: str, going: str,
         assert total[-1] < 1e-9
     else:
         assert n / 2 < total[-1] < 3 * n / 2
-        assert all(k / 8 < t < 3 * k for k, t in zip(living, total, strict=True))
+        # a peer halves its weight each time it sends, and who took it may die: the least seen is 1/8 for one peer that is left
+        assert all(k / 16 < t < 3 * k for k, t in zip(living, total, strict=True))
 
 
 def test_gossip_weights_do_not_vanish() -> None:
