@@ -30,10 +30,10 @@ import offbeat as ob
 from offbeat.core.method import Local
 from offbeat.core.tree import leaves, rebuild
 from offbeat.names import read
+from offbeat.runtime.averages import Averages
 from offbeat.runtime.entry import enter
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import LinkLost
-from offbeat.runtime.peer import Peer
 from offbeat.runtime.place import Place
 from offbeat.runtime.protocol.wire import Form
 from offbeat.runtime.team import Team
@@ -192,7 +192,7 @@ def test_peers_come_and_go(cls: type[ob.Method], moved: Callable[..., Moved]) ->
 
     def breaks(driver: Any) -> None:
         steps(driver, 8, pause=0.003)
-        driver.link.hang_up()
+        driver.incarnation.link.hang_up()
         stays(driver)
 
     def goes(driver: Driver) -> None:
@@ -221,21 +221,21 @@ def together(run: Run, act: Callable[[int], None]) -> None:
 
 def test_an_average_that_one_could_not_take(moved: Callable[..., Moved], monkeypatch: pytest.MonkeyPatch) -> None:
     """It fetches the average from the one who has it."""
-    total, fetch, fetched = Peer._sum, Peer._fetch, list[Any]()
+    total, fetch, fetched = Averages._sum, Averages._fetch, list[Any]()
 
-    def fails_once(peer: Peer, *about: Any) -> Any:
-        mean = total(peer, *about)
-        if peer.head.worker == 1 and not fetched:
+    def fails_once(averages: Averages, *about: Any) -> Any:
+        mean = total(averages, *about)
+        if averages.head.worker == 1 and not fetched:
             fetched.append(None)
             raise LinkLost("the other end is gone")
         return mean
 
-    def fetches(peer: Peer, *about: Any) -> Any:
-        fetched.append(fetch(peer, *about))
+    def fetches(averages: Averages, *about: Any) -> Any:
+        fetched.append(fetch(averages, *about))
         return fetched[-1]
 
-    monkeypatch.setattr(Peer, "_sum", fails_once)
-    monkeypatch.setattr(Peer, "_fetch", fetches)
+    monkeypatch.setattr(Averages, "_sum", fails_once)
+    monkeypatch.setattr(Averages, "_fetch", fetches)
     run = moved(ob.methods.SlowMo(period=2), 2, None, transport="shared")
     run.start(0, stays)
     run.start(1, stays)

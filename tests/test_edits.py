@@ -25,7 +25,7 @@ from offbeat.runtime.edits import OtherSteps
 from offbeat.runtime.host import Terms
 from offbeat.runtime.optimizer import lent, with_rule
 from offbeat.runtime.parameters import Parameters
-from offbeat.runtime.peer import Solitary
+from offbeat.runtime.solitary import Solitary
 
 __all__ = ["runs"]
 METHODS = ob.methods.all_methods()

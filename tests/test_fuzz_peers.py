@@ -254,13 +254,15 @@ def test_words_of_members_to_a_coordinator(kind: str, target: Callable[[str], Ta
         with peer.monitor:  # it does not hear of it before all is said
             try:
                 for _ in range(one.rng.randrange(4)):
-                    peer.link.send(*words(one.rng, peer.head.incarnation))
-                peer.link.send(peer.head._replace(kind=Kind.PUSH))
+                    peer.incarnation.link.send(*words(one.rng, peer.incarnation.head.incarnation))
+                peer.incarnation.link.send(peer.incarnation.head._replace(kind=Kind.PUSH))
             except LinkLost:
                 pass
-        until(lambda peer=peer: peer.lost, "the refusal")
+        until(lambda peer=peer: peer.incarnation.lost, "the refusal")
         assert (
-            "the coordinator refused the last message: " in peer.lost or "hung up" in peer.lost or "gone" in peer.lost
+            "the coordinator refused the last message: " in peer.incarnation.lost
+            or "hung up" in peer.incarnation.lost
+            or "gone" in peer.incarnation.lost
         )
         peer._hang_up()
     assert len(one.check()) == MEMBERS
@@ -291,12 +293,12 @@ def test_each_word_is_checked(kind: str, head: Any, note: Any, why: str, target:
     peer = member(one)
     step = peer.node.step
     if head["kind"] in (Kind.REDUCE,) and "round" not in note:
-        peer.link.send(peer.head._replace(kind=Kind.STEP), None, {"losses": [0.0]})
+        peer.incarnation.link.send(peer.incarnation.head._replace(kind=Kind.STEP), None, {"losses": [0.0]})
         note = note | {"round": step + 1}
-    peer.link.send(peer.head._replace(**head), None, note)
-    until(lambda: peer.lost, "the refusal")
+    peer.incarnation.link.send(peer.incarnation.head._replace(**head), None, note)
+    until(lambda: peer.incarnation.lost, "the refusal")
     peer._hang_up()
-    assert re.search(why, peer.lost), peer.lost
+    assert re.search(why, peer.incarnation.lost), peer.incarnation.lost
     one.check()
 
 
@@ -332,10 +334,12 @@ def test_a_member_of_a_group_that_does_not_say_where_it_listens(entry: Any, targ
     one = target("averages")
     one.begin()
     peer = member(one)
-    peer._call_out = lambda name, _: peer.link.send(peer.head._replace(kind=Kind.MEET), None, {"group": name} | entry)
+    peer.averages._call_out = lambda name, _: peer.incarnation.link.send(
+        peer.incarnation.head._replace(kind=Kind.MEET), None, {"group": name} | entry
+    )
     peer.log.addFilter(lambda line: peer._hang_up())  # when it has to say that the average has broken
     peer._mend = lambda lost: None
-    while not peer.lost:
+    while not peer.incarnation.lost:
         peer.step(torch.zeros_like(peer.x), 0.0)
     one.check()
     assert any("an average with workers (0, 1, 7) broke" in line for line in one.run.said)

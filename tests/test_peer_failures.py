@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from crew import until
+import torch
+from crew import heard, until
 from test_peers import Run, runs, some
 from torch import Tensor
 
 import offbeat as ob
-from offbeat.runtime.link import Link
-from offbeat.runtime.peer import Peer
-from offbeat.runtime.protocol.wire import Corrupt, Kind
+from offbeat.runtime.averages import Averages
+from offbeat.runtime.incarnation import Incarnation
+from offbeat.runtime.link import Link, LinkLost
+from offbeat.runtime.links import Links as PeerLinks
+from offbeat.runtime.protocol.wire import Corrupt, Header, Kind
 from offbeat.runtime.worker import Driver
 
 __all__ = ["runs"]  # a fixture
@@ -25,9 +30,9 @@ def test_a_word_of_the_coordinator_that_makes_no_sense_ends_the_script(
 ) -> None:
     """News without a note raise in the thread that reads them, which says so while its link is open: else the loop may see first
     that this is closed, and begin another life."""
-    fail, places = Peer._fail, list[int]()
+    fail, places = Incarnation.fail, list[int]()
     monkeypatch.setattr(
-        Peer, "_fail", lambda peer, *about: (places.append(peer.link.sock.fileno()), fail(peer, *about))[1]
+        Incarnation, "fail", lambda own, error: (places.append(own.link.sock.fileno()), fail(own, error))[1]
     )
     run = runs(ob.methods.DPSGD(), 1, None)
     waits = threading.Event()
@@ -128,7 +133,28 @@ def test_a_link_may_be_dropped_by_two_threads_at_once() -> None:
             return found
 
     link = type("Closing", (), {"close": lambda self: closed.append(self)})()
-    peer: Any = type("Dropping", (), {"links": Links({3: link})})()
-    Peer._drop(peer, 3)
-    Peer._drop(peer, 3)
+    peer: Any = type("Dropping", (), {"links": Links({3: (1, link)})})()
+    PeerLinks.drop(peer, 3)
+    PeerLinks.drop(peer, 3)
     assert closed == [link]
+
+
+def test_who_comes_to_a_circle_that_has_broken_is_sent_away() -> None:
+    """Its first member waits for the second, who has died, while the third has dialled: that one gets no welcome any more, and
+    sees it at once."""
+    own = Incarnation(threading.RLock(), heard())
+    own.head, own.timeout = Header(Kind.HELLO, worker=0, incarnation=1), 30.0
+    averages = Averages(own, PeerLinks(own, "token"), torch.device("cpu"), lambda note, what: {})
+    for come in ("before", "after"):
+        here, there = socket.socketpair()
+        link, hello = Link(here, "worker 2", 30.0), Header(Kind.HELLO, worker=2, incarnation=3)
+        if come == "before":
+            averages.join(link, "7", hello)
+            with pytest.raises(LinkLost, match="worker 1 is gone"):
+                averages._circle("7", (0, 1, 2), 8)
+        else:
+            with pytest.raises(LinkLost, match="has broken"), contextlib.closing(link):
+                averages.join(link, "7", hello)
+        there.settimeout(30)
+        assert there.recv(1) == b"", "it is hung up"
+        there.close()

@@ -27,12 +27,13 @@ from offbeat.runtime import snapshot
 from offbeat.runtime.coordinator import Coordinator, host_for, resumed
 from offbeat.runtime.entry import enter
 from offbeat.runtime.host import Terms
+from offbeat.runtime.incarnation import Incarnation
 from offbeat.runtime.link import Frame, Link, LinkLost
 from offbeat.runtime.peer import Peer
 from offbeat.runtime.place import Place, first_node
 from offbeat.runtime.protocol import coordinator
 from offbeat.runtime.protocol.coordinator import Coordination
-from offbeat.runtime.protocol.wire import Header, Kind
+from offbeat.runtime.protocol.wire import Kind
 from offbeat.runtime.server import RunServer
 from offbeat.runtime.worker import Driver, train
 from offbeat.trace import Deeds
@@ -263,7 +264,7 @@ def test_newcomers_who_have_states_begin_with_them_though_their_donor_has_finish
     run = runs(short(cls), founders, None, timeout=3.0)
 
     def gives(driver: Any) -> None:
-        until(lambda: len(driver.alive) == 2, "two newcomers")
+        until(lambda: len(driver.incarnation.alive) == 2, "two newcomers")
         while len(born) < 2:
             steps(driver, 1)
         driver.leave(True)
@@ -306,7 +307,7 @@ def test_a_peer_whose_link_breaks_once_its_loop_has_ended_joins_again_to_say_so(
         for _ in range(3):
             g, loss = PROBLEM.grad(driver.x, driver.terms.worker, driver.node.step)
             driver.step(g, float(loss))
-        driver.link.hang_up()
+        driver.incarnation.link.hang_up()
         driver.leave(True)
 
     run.start(0, breaks)
@@ -322,7 +323,7 @@ def test_a_state_that_a_newcomer_does_not_take_is_its_donors_again(runs: Callabl
     ready = threading.Barrier(2)
 
     def gives(driver: Any) -> None:
-        driver.newcomers.append((1, driver.alive[1]["life"]))
+        driver.newcomers.append((1, driver.incarnation.alive[1]["life"]))
         ready.wait(LIMIT)
         some(4, done=True)(driver)
 
@@ -456,7 +457,7 @@ class Ledger:
         self.had: dict[tuple[int, int, int], set[tuple[int, int]]] = {}  # who has taken a message
         cls, welcome = type(method), type(method).welcome
         bring, post, confirmed = Peer._bring, Peer._post, Peer._confirmed
-        exchange, take, did, hang_up = Peer._exchange, Peer._take, Peer._did, Peer._hang_up
+        exchange, take, did, hang_up = Peer._exchange, Peer._take, Incarnation.did, Peer._hang_up
         ledger = self
 
         class Taken(dict[tuple[int, int], tuple[int, Any]]):
@@ -468,7 +469,7 @@ class Ledger:
 
             def __setitem__(self, key: tuple[int, int], last: tuple[int, Any]) -> None:
                 if last[0] > self.get(key, (0, None))[0]:
-                    taker = self.peer.head.worker, self.peer.incarnation
+                    taker = tuple(self.peer.incarnation.head[2:4])
                     ledger.had.setdefault((*key, last[0]), set()).add(taker)
                 super().__setitem__(key, last)
 
@@ -479,19 +480,19 @@ class Ledger:
             return kept, new
 
         def exchanges(peer: Any, kind: Kind, to: int, msg: Any, *rest: Any) -> Any:
-            self.sent[(*peer.head[2:4], peer.numbers + 1)] = kind, float(msg[1])
+            self.sent[(*peer.incarnation.head[2:4], peer.numbers + 1)] = kind, float(msg[1])
             return exchange(peer, kind, to, msg, *rest)
 
-        def brings(peer: Any, head: Header, number: int, kind: Kind, to: int, msg: Any, *rest: Any) -> Any:
-            self.sent[(*head[2:4], number)] = kind, float(msg[1])
-            frame = bring(peer, head, number, kind, to, msg, *rest)
+        def brings(peer: Any, own: Any, links: Any, number: int, kind: Kind, to: int, msg: Any, *rest: Any) -> Any:
+            self.sent[(*own.head[2:4], number)] = kind, float(msg[1])
+            frame = bring(peer, own, links, number, kind, to, msg, *rest)
             if frame is not None and frame.header.kind == Kind.ANSWER:
-                self.came.add((*head[2:4], number))
+                self.came.add((*own.head[2:4], number))
             return frame
 
         def posts(peer: Any, to: int, msg: Any, note: Any) -> bool:
             going = post(peer, to, msg, note)
-            which = (*peer.head[2:4], peer.numbers)
+            which = (*peer.incarnation.head[2:4], peer.numbers)
             self.sent[which] = Kind.SEND, float(msg[1])
             if not going:
                 self.kept.add(which)
@@ -503,25 +504,26 @@ class Ledger:
                 self.came.add((*posted.head[2:4], posted.head.version))
             return came
 
-        def takes(peer: Any, link: Link, frame: Frame, life: int) -> None:
+        def takes(peer: Any, own: Any, link: Link, frame: Frame) -> None:
             """The acknowledgement is lost now and then."""
             with self.lock:
                 self.again += peer.taken.get(frame.header[2:4], (0, None))[0] >= frame.header.version
                 if self.rng.random() < self.faults:
                     link.hang_up()
-            take(peer, link, frame, life)
+            take(peer, own, link, frame)
 
-        def does(peer: Any, *deed: Any) -> None:
+        def does(own: Any, *deed: Any) -> None:
             if deed[0] == "kept":
                 self.kept.update(deed[1])
-            elif deed[0] == "heir":  # of what no newcomer took: others' are no call of `_did`
+            elif deed[0] == "heir" and tuple(deed[1][:2]) == own.head[2:4]:  # its own, which no newcomer took
                 self.kept.add(tuple(deed[1]))
-            did(peer, *deed)
+            did(own, *deed)
 
         def hangs_up(peer: Any) -> None:
+            own = peer.incarnation
             with peer.monitor:
-                if peer.incarnation:
-                    life = peer.head.worker, peer.incarnation
+                if own.head.incarnation and not own.over.is_set():
+                    life = own.head[2:4]
                     held = [entry.message[1] for entry in peer.inbox]
                     if peer.state is not None:
                         held.append((peer.node.state if peer.born else peer.state[0]).weight)
@@ -540,7 +542,7 @@ class Ledger:
         monkeypatch.setattr(Peer, "_post", posts)
         monkeypatch.setattr(Peer, "_confirmed", is_confirmed)
         monkeypatch.setattr(Peer, "_take", takes)
-        monkeypatch.setattr(Peer, "_did", does)
+        monkeypatch.setattr(Incarnation, "did", does)
         monkeypatch.setattr(Peer, "_hang_up", hangs_up)
         monkeypatch.setattr(Peer, "taken", property(lambda peer: peer.__dict__["taken"], starts), raising=False)
 
@@ -548,18 +550,24 @@ class Ledger:
         """Break links between peers, and ``lives`` times one to the coordinator, until it is over."""
         while not over.wait(0.004):
             peer = self.rng.choice(list(self.peers) or [None])
-            if peer is None or not peer.incarnation:
+            if peer is None or peer.incarnation.over.is_set() or not peer.incarnation.head.incarnation:
                 continue
             for link in (
-                self.rng.sample([*list(peer.links.values()), *(caller.link for caller in list(peer.incoming))], 1)
-                if peer.links
+                self.rng.sample(
+                    [
+                        *(link for _, link in list(peer.links.links.values())),
+                        *(caller.link for caller in list(peer.callers.incoming)),
+                    ],
+                    1,
+                )
+                if peer.links.links
                 else ()
             ):
                 link.hang_up()
             if lives and self.rng.random() < 0.02:
                 lives -= 1
-                self.cut.add(peer.head.worker)
-                peer.link.hang_up()
+                self.cut.add(peer.incarnation.head.worker)
+                peer.incarnation.link.hang_up()
 
     def check(self) -> None:
         limbo = twice = 0.0

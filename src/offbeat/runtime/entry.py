@@ -13,9 +13,10 @@ from torch import Tensor
 from ..core.gossip import GossipMethod
 from ..core.method import Method, ServerMethod
 from .host import OtherKind
-from .peer import Peer, Solitary
+from .peer import Peer
 from .place import Place
 from .shared_state import Shared
+from .solitary import Solitary
 from .team import Team, Together
 from .worker import Alone, Driver, Parse, Remote, Worker
 
