@@ -35,7 +35,7 @@ from test_peer_laws import (
 from torch import Tensor
 
 import offbeat as ob
-from offbeat.core.protocol import Server
+from offbeat.core.server import ParameterServer
 from offbeat.engines.simulator import Simulation
 from offbeat.methods import (
     ASGD,
@@ -80,7 +80,7 @@ class Record:
         self.run = sim.run()
         self.at = seen.at
         self.order = [(event.worker, event.step) for event in self.run.trace]
-        self.server: Server = sim.ensemble.server  # type: ignore[attr-defined]
+        self.server: ParameterServer = sim.ensemble.server  # type: ignore[attr-defined]
 
     def walks(self, points: Points, master: Tensor) -> bool:
         """Whether every gradient was taken at these points, and the run ended at this master."""
@@ -206,7 +206,7 @@ def test_local_steps_and_an_outer_step(name: str, rule: str, speed: ob.Speed) ->
 def test_delayed_nesterov_is_nesterov_on_block_means_at_the_end_of_each_block(n: int) -> None:
     """With c = 0; inside a block it has moved along the block's own pseudo-gradients only."""
     method = DelayedNesterov(outer_lr=0.3, outer_momentum=0.7, buffer=n)
-    server = Server.start(method, X0)
+    server = ParameterServer.start(method, X0)
     server.join(0)
     step, theta = nesterov(0.3, 0.7), X0
     for block in range(400 // n):
@@ -307,7 +307,7 @@ def test_the_gradients_of_a_worker_that_is_always_late_never_enter() -> None:
 
 
 def test_a_gradient_tagged_with_an_older_round_is_refused() -> None:
-    server = Server.start(BackupWorkers(ob.SGD(1.0), backups=1), X0)
+    server = ParameterServer.start(BackupWorkers(ob.SGD(1.0), backups=1), X0)
     for i in range(3):
         assert torch.equal(server.join(i), X0)
     g, late = torch.ones_like(X0), 1000 * torch.ones_like(X0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import offbeat as ob
-from offbeat.core.protocol import Server
+from offbeat.core.server import ParameterServer
 from offbeat.core.tree import leaves
 from offbeat.engines.replay import replay
 from offbeat.names import read
@@ -71,7 +71,7 @@ def stay(module: nn.Module) -> None:
 
 def start(method: ob.Method, x: Tensor) -> Any:
     """A worker's state at ``x``."""
-    return method.init(Server.start(method, x).join(0) if isinstance(method, ob.ServerMethod) else x)
+    return method.init(ParameterServer.start(method, x).join(0) if isinstance(method, ob.ServerMethod) else x)
 
 
 @pytest.mark.parametrize("begins", [True, False])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import offbeat as ob
 from offbeat.core.master import Correction, Master, Stale, Uncorrected
-from offbeat.core.protocol import Server
+from offbeat.core.server import ParameterServer
 from offbeat.methods import (
     ASGD,
     DCASGD,
@@ -94,7 +94,7 @@ def walk(equations: Callable[..., Walk], order: list[int], **hyper: Any) -> Path
 
 def drive(method: ob.ServerMethod, order: list[int]) -> Path:
     """The path of a method of the library, its server called by hand in this order."""
-    server = Server.start(method, X0)
+    server = ParameterServer.start(method, X0)
     workers = {i: method.init(server.join(i)) for i in sorted(set(order))}
     steps: Counter[int] = Counter()
     masters, points = [], []
@@ -522,14 +522,14 @@ def test_dana_dc_of_one_worker_is_not_nesterov() -> None:
     assert differ(drive(DanaDC(LR), ALONE)[1], optimise(SGD, momentum=MU, nesterov=True))
 
 
-def momenta(server: Server) -> tuple[Tensor, Tensor]:
+def momenta(server: ParameterServer) -> tuple[Tensor, Tensor]:
     """DANA's running sum S, and the sum taken anew over the workers that are seated."""
     return server.state.mover, sum((own.mover for own in server.own.values()), ZERO)
 
 
 def test_danas_running_sum_is_the_sum_when_workers_come_and_go() -> None:
     """S = sum_j v_j (arXiv:1907.11612), workers joining and leaving by hand."""
-    server, rng = Server.start(DanaZero(LR), X0), random.Random(3)
+    server, rng = ParameterServer.start(DanaZero(LR), X0), random.Random(3)
     for t in range(STEPS):
         if len(server.own) < 2 or (rng.random() < 0.1 and len(server.own) < 12):
             point = server.join(t)
@@ -547,10 +547,10 @@ def test_danas_running_sum_is_the_sum_when_workers_come_and_go() -> None:
 
 def test_danas_running_sum_is_the_sum_through_cluster_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same when the simulator lets workers join, leave and crash."""
-    servers: list[Server] = []
-    start = Server.__init__
+    servers: list[ParameterServer] = []
+    start = ParameterServer.__init__
 
-    def spy(self: Server, *args: Any, **kwargs: Any) -> None:
+    def spy(self: ParameterServer, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)
         servers.append(self)
 
@@ -559,7 +559,7 @@ def test_danas_running_sum_is_the_sum_through_cluster_events(monkeypatch: pytest
         seated.add(tuple(sorted(servers[0].own)))
         assert (running - summed).norm() <= 1e-13 * max(1.0, float(running.norm()))
 
-    monkeypatch.setattr(Server, "__init__", spy)
+    monkeypatch.setattr(ParameterServer, "__init__", spy)
     seated: set[tuple[int, ...]] = set()
     events = (
         ob.Join(3, 5.5),
@@ -594,7 +594,7 @@ def test_mean_lag_of_equal_workers_is_one_less_than_their_number() -> None:
 
 def visits(method: GEM, order: list[int], noise: float = 0.3) -> Iterator[tuple[Tensor, ...]]:
     """(d, m, A = theta - s, u, theta before, theta after) at each visit, all but u kept by this loop itself."""
-    server = Server.start(method, X0)
+    server = ParameterServer.start(method, X0)
     points = {i: server.join(i) for i in sorted(set(order))}
     s, m, steps = dict(points), zeros(), Counter()
     for i in order:
@@ -642,7 +642,7 @@ def test_gem_compliance_is_exact() -> None:
 def test_gems_first_commit_is_kappa_times_sgd() -> None:
     """m = d and theta = s at the first visit of the first worker: pi = kappa, up to eps."""
     g, _ = BOWL.grad(X0, 0, 0)
-    server = Server.start(GEM(LR, kappa=2.0), X0)
+    server = ParameterServer.start(GEM(LR, kappa=2.0), X0)
     server.join(0)
     torch.testing.assert_close(server.serve(0, g) - X0, -2 * LR * g, rtol=1e-8, atol=0)
 
@@ -658,7 +658,7 @@ def test_gem_of_one_worker_takes_turns_with_its_own_last_step() -> None:
 
 def test_gem_shares_the_proxys_step_among_the_workers() -> None:
     """A constant gradient in round robin: n workers and one's own last step share |m|, so mean |u| = |m| / (n + 1)."""
-    server = Server.start(GEM(1.0), ZERO)
+    server = ParameterServer.start(GEM(1.0), ZERO)
     for i in range(8):
         server.join(i)
     sizes = []
@@ -679,7 +679,7 @@ def test_gem_without_momentum_only_damps() -> None:
 
 def test_gem_without_momentum_and_lag_is_sgd() -> None:
     """mu = 0, kappa = 1 and theta = s, here because every visitor is new: plain SGD, up to eps."""
-    server, x = Server.start(GEM(LR, momentum=0.0), X0), X0
+    server, x = ParameterServer.start(GEM(LR, momentum=0.0), X0), X0
     for t in range(50):
         g, _ = BOWL.grad(server.join(t), 0, t)
         server.serve(t, g)
@@ -775,7 +775,7 @@ def test_without_a_gap_any_base_is_itself_bit_for_bit(base: Master, penalty: Cor
 def test_the_gap_of_adam_fades_with_its_second_moment() -> None:
     """One worker, gradients 1 to 5: the steps are close to the rate, and R after the fifth visit holds the first four."""
     method = GapAwareAdam(0.1, betas=(0.9, 0.5))
-    server = Server.start(method, torch.zeros(1, dtype=torch.float64))
+    server = ParameterServer.start(method, torch.zeros(1, dtype=torch.float64))
     server.join(0)
     points = [float(server.x())]
     for g in range(1, 6):
@@ -795,7 +795,7 @@ def test_the_gap_of_adam_fades_with_its_second_moment() -> None:
 def test_first_visits_are_no_steps(workers: int, base: Master, penalty: Correction) -> None:
     """The first step that was taken is the usual one at once, however many workers came for the first time before."""
     method = dataclasses.replace(base, correction=penalty)
-    server = Server.start(method, ZERO)
+    server = ParameterServer.start(method, ZERO)
     for i in range(workers):
         server.join(i)
     g = torch.arange(1, 8, dtype=torch.float64)
@@ -848,7 +848,7 @@ def test_delay_compensation_without_strength_is_asgd(correction: Correction) -> 
 
 def test_delay_compensation_starts_from_a_copy_of_the_start() -> None:
     """The copy of what a worker was first sent is theta_0, not 0 (as it is in the authors' program)."""
-    server = Server.start(DCASGD(LR, correction=DelayCompensation(2.0)), X0)
+    server = ParameterServer.start(DCASGD(LR, correction=DelayCompensation(2.0)), X0)
     first, second = server.join(0), server.join(1)
     g, h = BOWL.grad(first, 0, 0)[0], BOWL.grad(second, 1, 0)[0]
     theta = X0 - LR * g
@@ -886,7 +886,7 @@ def test_every_correction_works_with_every_master(cls: type[Master], correction:
 def test_the_elastic_move_conserves_worker_plus_centre(cls: type[EASGD]) -> None:
     """arXiv:1412.6651: x_i loses exactly what the centre gains; alpha is beta over the workers present."""
     method, steps = cls(LR, period=3, beta=0.8), Counter()
-    server = Server.start(method, X0)
+    server = ParameterServer.start(method, X0)
     workers = {i: method.init(server.join(i)) for i in range(4)}
     for i in order_of(4):
         workers[i] = method.local(workers[i], BOWL.grad(method.params(workers[i]), i, steps[i])[0])

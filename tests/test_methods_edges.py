@@ -42,7 +42,7 @@ from torch import Tensor
 
 import offbeat as ob
 from offbeat import Crash, Join
-from offbeat.core.protocol import Server
+from offbeat.core.server import ParameterServer
 from offbeat.core.topology import RandomPeer
 from offbeat.engines.simulator import Simulation
 from offbeat.methods import (
@@ -116,7 +116,7 @@ class Round:
 
 
 @dataclass
-class Checked(Server):
+class Checked(ParameterServer):
     """A server of `BackupWorkers` that does at every moment what `Round` says, and lets out nobody else."""
 
     round: Any = None
@@ -558,7 +558,7 @@ def test_workers_come_to_a_server_and_go_in_random_order(cls: type[ob.ServerMeth
     """Fifty come and go again, with visits between. Who comes moves no master, who goes neither (of backup workers it
     may end a round); who goes at once leaves nothing; DANA's running sum is the sum over those who are there; and
     whoever is there, somebody need not wait."""
-    server, rng = Server.start(cls(), BOWL.x0()), Random(7)
+    server, rng = ParameterServer.start(cls(), BOWL.x0()), Random(7)
     method, inside, free = server.method, dict[int, Any](), set[int]()
     steps: dict[int, int] = defaultdict(int)
     coming = list(range(50))

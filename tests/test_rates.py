@@ -20,7 +20,6 @@ from offbeat.core.schedule import Schedule
 from offbeat.engines.replay import replay
 from offbeat.runtime.host import Terms
 from offbeat.runtime.optimizer import Offered
-from offbeat.runtime.protocol.wire import Corrupt
 from offbeat.runtime.worker import Worker
 
 STEPS = 96
@@ -147,8 +146,8 @@ def test_a_rate_that_is_none_is_refused_by_the_server(serve: Serve) -> None:
     model = net()
     replica = ob.Replica(model, place=run.place(0))
     for wrong in (float("nan"), -1, True, "high", [0.1, None, []]):
-        with pytest.raises(Corrupt, match="worker 0 brings a gradient with the rate"):
-            run.server._set_rate(wrong, 0)
+        with pytest.raises(ValueError, match=r"the rate .*: must be a number, at least 0"):
+            run.server.server.tell(wrong)
     assert run.server.server.dial is None
     replica.leave()
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import offbeat as ob
-from offbeat.core.protocol import Ask, Node, Server, loop
+from offbeat.core.protocol import Ask, Node, loop
+from offbeat.core.server import ParameterServer
 from offbeat.core.tree import leaves
 from offbeat.engines.replay import replay
 from offbeat.experiment import rerun
@@ -353,7 +354,7 @@ def test_a_script_without_a_launcher_is_the_method_on_one_worker(
         monkeypatch.delenv(f"OFFBEAT_{name}", raising=False)
     method, model, copied = cls(), net(), net()
     other = Flat(copied)
-    server = Server.start(method, other.data.clone())
+    server = ParameterServer.start(method, other.data.clone())
     life = loop(method, Node(0, method, method.init(server.join(0))))
     request = next(life)
     replica = ob.Replica(model, method)

@@ -6,9 +6,8 @@ handlers of one node run at once, and a node's state is read only after the answ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from .gossip import GossipMethod, PairGossipMethod, PushGossipMethod, RoundGossipMethod
 from .method import Local, Message, Method, ServerMethod
 from .periodic import OuterMethod, PeriodicMethod
-from .rates import Dial, dial_of, with_rate
 from .seeds import derive
 from .topology import Members
 
@@ -254,105 +252,3 @@ def _partner(method: PushGossipMethod | PairGossipMethod, node: Node) -> int | N
     if not method.talks(node.step, draw):
         return None
     return method.topology.peer(node.id, node.view(node.step), node.step, node.seed)
-
-
-@dataclass
-class Server:
-    """The server of a `ServerMethod`, without any transport: who is seated, the shared state, and a version.
-
-    The version counts visits served; ``seen`` is the version from which each worker's next message will be made, so its lag
-    is ``version - seen[worker]``; ``sent`` the one that it last received, kept for a method that is `late` and uses it
-    next. ``clock`` counts each worker's visits, for methods that make replies wait. Not thread-safe: an engine calls it
-    under its own lock.
-    """
-
-    method: ServerMethod
-    state: Any
-    version: int = 0
-    own: dict[int, Any] = field(default_factory=dict)
-    seen: dict[int, int] = field(default_factory=dict)
-    sent: dict[int, int] = field(default_factory=dict)
-    clock: dict[int, int] = field(default_factory=dict)
-    waiting: dict[int, tuple[int, Message]] = field(default_factory=dict)
-    dial: Dial | None = None
-    """The rate of the next visit; None: the method's own, as no script has set any."""
-    base: float | Tensor = math.nan
-    """The method's own rate, once there is a dial."""
-    handle: Callable[[Any, Any, Message], tuple[Any, Any, Message]] | None = None
-    """What takes the place of the method's ``serve``: the same as a compiled kernel, or with checks. What it raises
-    leaves everything as it was."""
-
-    @classmethod
-    def start(cls, method: ServerMethod, x: Tensor) -> Server:
-        return cls(method, method.init_server(x))
-
-    def join(self, worker: int) -> Message:
-        """Seat ``worker`` and return its first reply."""
-        if worker in self.own:
-            raise ValueError(f"worker {worker} is already seated: a worker leaves before it joins again")
-        self.state, self.own[worker], reply = self.method.admit(self.state)
-        self.seen[worker] = self.sent[worker] = self.version
-        self.clock[worker] = min(self.clock.values(), default=0) if self.method.gated else 0
-        return reply
-
-    def tell(self, lr: float | None) -> None:
-        """The next visit is of a worker whose script has set the rate ``lr``, or none (None), so that it is the method's own.
-        `method` is another one from the first rate on. ``ValueError`` where the method's own is a schedule."""
-        if lr is not None and self.dial is None:
-            self.dial = dial_of(self.method)
-            if self.dial is None:
-                raise ValueError(f"lr = {lr:g}: the rate of {self.method!r} is a schedule of its own")
-            self.base, self.method = self.dial.value, with_rate(self.method, self.dial)
-        if self.dial is not None:
-            self.dial.value = self.base if lr is None else lr
-
-    def leave(self, worker: int) -> dict[int, Message]:
-        """Unseat ``worker``; returns the replies that its going lets out, as `visit` does."""
-        self.state = self.method.leave(self.state, self.own.pop(worker))
-        del self.seen[worker], self.sent[worker], self.clock[worker]
-        self.waiting.pop(worker, None)
-        self.waiting = {
-            other: (-1, reply) for other, (_, reply) in self.waiting.items()
-        }  # made before the state changed
-        return self.release()
-
-    def serve(self, worker: int, msg: Message) -> Message:
-        """Apply what ``worker`` brings: the states move together. Returns its reply, which may have to wait."""
-        self.state, self.own[worker], reply = (self.handle or self.method.serve)(self.state, self.own[worker], msg)
-        self.version += 1
-        if self.method.late:
-            self.seen[worker], self.sent[worker] = self.sent[worker], self.version
-        else:
-            self.seen[worker] = self.version
-        self.clock[worker] += 1
-        return reply
-
-    def visit(self, worker: int, msg: Message) -> dict[int, Message]:
-        """Serve ``worker`` and return the replies that may go out now, by worker: usually its own."""
-        reply = self.serve(worker, msg)
-        if not self.method.gated:
-            return {worker: reply}
-        self.waiting[worker] = (self.version, reply)
-        return self.release()
-
-    def release(self) -> dict[int, Message]:
-        """The replies that have waited and may go out now, by worker, first come first served."""
-        if not self.waiting:
-            return {}
-        free, slowest = {}, min(self.clock.values())
-        for worker, (version, reply) in list(self.waiting.items()):
-            if self.method.ready(self.state, self.own[worker], self.clock[worker], slowest):
-                if version != self.version:
-                    self.own[worker], reply = self.method.refresh(self.state, self.own[worker], reply)
-                    (self.sent if self.method.late else self.seen)[worker] = self.version
-                free[worker] = reply
-                del self.waiting[worker]
-        return free
-
-    def lag(self, worker: int) -> int:
-        """Visits served since ``worker`` last received parameters."""
-        return self.version - self.seen[worker]
-
-    def x(self) -> Tensor:
-        """The model that would be shipped. [d]"""
-        return self.method.master(self.state)

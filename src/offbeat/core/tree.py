@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -38,6 +40,28 @@ def apart(tree: Any, lent: Any) -> Any:
     if theirs.isdisjoint(t.untyped_storage().data_ptr() for t in parts):
         return tree
     return rebuild(tree, [t.clone() if t.untyped_storage().data_ptr() in theirs else t for t in parts])
+
+
+def finite(tree: Any) -> bool:
+    """Whether all numbers of a message or state are finite."""
+    return all(_squares(t) < math.inf or bool(torch.isfinite(t).all()) for t in _numbers(tree))
+
+
+def tame(tree: Any) -> bool:
+    """Whether all numbers are finite and so far from overflow that a state's sums and squares of them are finite too."""
+    return all(_squares(t) < 1e30 for t in _numbers(tree))
+
+
+def _numbers(tree: Any) -> list[Tensor]:
+    return [t for t in leaves(tree) if t.is_floating_point() and t.numel()]
+
+
+def _squares(t: Tensor) -> float:
+    """Their sum, which is fast: nan or inf where a number is, and maybe where a number is large."""
+    if not t.dim():
+        number = float(t)
+        return number * number  # as a power it would raise where it overflows
+    return float(torch.dot(t, t) if t.dim() == 1 else t.double().square().sum())
 
 
 def _parts(tree: Any) -> tuple[Any, ...]:

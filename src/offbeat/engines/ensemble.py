@@ -16,7 +16,8 @@ from torch import Tensor
 from ..core.gossip import GossipMethod
 from ..core.membership import Membership, membership
 from ..core.method import Message, Method, ServerMethod
-from ..core.protocol import SERVER, Node, Server
+from ..core.protocol import SERVER, Node
+from ..core.server import Handler, ParameterServer
 from .kernel import LARGE, Visits
 
 SAMPLE = 4096
@@ -127,13 +128,20 @@ class Ensemble(ABC):
 
 
 class Centre(Ensemble):
-    """A run with a server: the model is the server's point."""
+    """A run with a server: the model is the server's point.
+
+    A visit's results are not checked: a simulation checks each gradient that is taken at them, and shows how a run diverges.
+    """
 
     def __init__(self, method: ServerMethod, x0: Tensor) -> None:
         super().__init__(x0)
-        self.server = Server.start(method, x0)
-        if len(x0) >= LARGE:  # else it would gain nothing
-            self.server.handle = Visits(method, x0).exact
+
+        def handler(method: ServerMethod) -> Handler:
+            return (
+                Visits(method, x0).exact if len(x0) >= LARGE else method.serve
+            )  # blocks gain nothing for a small model
+
+        self.server = ParameterServer.start(method, x0, handler)
 
     def x(self) -> Tensor:
         return self.server.x()
@@ -149,10 +157,7 @@ class Centre(Ensemble):
         return self.server.lag(node.id)
 
     def measure(self, node: Node, push: Message | None) -> dict[str, float]:
-        if push is None:
-            return {}
-        figures = self.server.method.measure(self.server.state, self.server.own[node.id], push)
-        return {name: float(value) for name, value in figures.items()}
+        return {} if push is None else self.server.figures(node.id, push)
 
 
 class Peers(Ensemble):

@@ -25,7 +25,8 @@ from torch import Tensor, fx
 
 from ..core.method import Message, ServerMethod
 from ..core.rates import Dial, rate_of, with_rate
-from ..core.tree import leaves, rebuild
+from ..core.server import checked
+from ..core.tree import apart, finite, leaves, rebuild, tame
 from . import stores
 
 BLOCKS = 1 << 15, 1 << 17, 1 << 19
@@ -370,6 +371,19 @@ class Visits:
         sums = self.sums.exact(*self._rate(), s, own, msg) if self.sums else ()
         new: tuple[Any, Any, Message] = self.serve.exact(s, own, msg, *sums)
         return new
+
+    def transaction(self, s: Any, own: Any, msg: Message, into: Sequence[Tensor] = ()) -> tuple[Any, Any, Message]:
+        """What ``serve`` gives, checked: `NotFinite` where a number is not. ``msg`` may be lent: no state has memory of it. Once `race`
+        has found the fastest way it goes that way, vectors of the reply ``into`` memory that is ready for them."""
+        if self.raced:
+            *new, squares = self(s, own, msg, into)
+            sound = float(squares) < math.inf
+        else:
+            new = [*self.exact(s, own, msg)]
+            sound = tame(msg) and finite(new[2])
+        s, own, reply = checked(msg, (new[0], new[1], new[2]), sound)
+        s, own = apart((s, own), msg)
+        return s, own, reply
 
     def race(self) -> dict[str, float]:
         """Compile what `Visit` does, and find the fastest way: the best seconds of each. Raises what a compiler raises."""

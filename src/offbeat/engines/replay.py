@@ -12,8 +12,9 @@ import torch
 from ..core.gossip import GossipMethod, PairGossipMethod
 from ..core.method import Message, Method, ServerMethod
 from ..core.problem import Problem
-from ..core.protocol import AllReduce, Ask, Begin, Gradient, Inbox, Loop, Node, Recv, Send, Server, give_back, loop
+from ..core.protocol import AllReduce, Ask, Begin, Gradient, Inbox, Loop, Node, Recv, Send, give_back, loop
 from ..core.rates import Dial, dial_of, with_rate
+from ..core.server import NotFinite, ParameterServer
 from ..trace import Deeds, Event, Incident, Trace
 from .ensemble import average
 from .simulator import Run
@@ -34,7 +35,7 @@ def replay(trace: Trace, method: Method, problem: Problem, watch: Callable[[Even
 
     ``problem`` must be the one that the workers had, whose gradient is a function of (x, worker, step). The final
     parameters are those of the recorded run to rounding, whatever the machines were. Raises ``ValueError`` where the trace
-    is of a part of the model, or does not fit the method.
+    is of a part of the model, or does not fit the method or the problem.
     """
     if trace.header.get("shard", [0, 1])[1] != 1:
         raise ValueError(
@@ -43,7 +44,7 @@ def replay(trace: Trace, method: Method, problem: Problem, watch: Callable[[Even
         )
     if not isinstance(method, ServerMethod):
         return _Together(trace, method, problem, watch).run()
-    server = Server.start(method, problem.x0())
+    server = ParameterServer.start(method, problem.x0())
     workers: dict[int, _Replayed] = {}
     steps: dict[int, int] = {}
     again = Trace({**trace.header, "engine": "replay"})
@@ -71,7 +72,13 @@ def replay(trace: Trace, method: Method, problem: Problem, watch: Callable[[Even
             event = entry._replace(loss=float(loss), lag=lag)
             again.add(event)
             if isinstance(worker.request, Ask):
-                deliver(server.visit(entry.worker, worker.request.msg))
+                try:
+                    deliver(server.visit(entry.worker, worker.request.msg))
+                except NotFinite as wrong:
+                    raise ValueError(
+                        f"the trace does not fit: worker {entry.worker}, step {entry.step}: {wrong}, and the server that "
+                        "recorded it took it; give the problem and the method of that run"
+                    ) from None
             if watch:
                 watch(event)
         elif isinstance(entry, Incident):

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..core.gossip import GossipMethod
 from ..core.method import Method
 from ..core.periodic import PeriodicMethod
+from ..core.tree import finite
 from ..trace import Deeds, Incident
 from . import snapshot
 from .host import Diverging, Host, OtherKind, Parse, Refused, Session, Terms
@@ -49,7 +50,7 @@ from .protocol.events import (
     Went,
 )
 from .protocol.states import PeerSession
-from .protocol.wire import Corrupt, Header, Kind, finite
+from .protocol.wire import Corrupt, Header, Kind
 from .server import RunServer
 
 WORDS = (

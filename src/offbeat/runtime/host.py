@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import __version__
 from ..core.method import Method
 from ..core.problem import Problem
+from ..core.tree import finite
 from ..core.values import require, require_count
 from ..engines.simulator import messages
 from ..trace import Evaluation, Event, Incident, Load, Note
@@ -37,7 +38,7 @@ from .journal import Journal, Unwritten, beyond, whole
 from .leases import Lease, Leases, leases_in, remedy
 from .link import Frame, Link, LinkLost, accept, listen
 from .meter import Meter, load
-from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind, finite
+from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind
 from .shared_state import Kept, Told
 from .streams import IN_A_ROW, Twins, sample
 from .supervisor import ONCE

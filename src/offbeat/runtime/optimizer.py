@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..core.descent import Rule, count
 from ..core.method import GradientServer, Method, ServerMethod
-from ..core.protocol import Server
 from ..core.rates import Dial, dial_of, rate_of, with_rate
 from ..core.schedule import Schedule
+from ..core.server import ParameterServer
 from ..core.tree import leaves
 from ..log import WORKER
 from ..tasks.flat import local
@@ -346,7 +346,7 @@ def _hands_over(method: Method) -> bool:
     assert probed is not None
     method = probed
     g = torch.ones(1)
-    start = Server.start(method, x).join(0) if isinstance(method, ServerMethod) else x
+    start = ParameterServer.start(method, x).join(0) if isinstance(method, ServerMethod) else x
     w = method.local(method.init(start), g)
     return [given is g for given in probe.given] == [True] and not any(t is g for t in leaves(w))
 

@@ -26,7 +26,7 @@ from ..core.gossip import GossipMethod, PairGossipMethod, PushGossipMethod, Roun
 from ..core.method import Message, Method
 from ..core.periodic import OuterMethod, PeriodicMethod
 from ..core.protocol import AllReduce, Ask, Begin, Gradient, Inbox, Loop, Node, Recv, Request, Send, give_back, loop
-from ..core.tree import apart, leaves
+from ..core.tree import apart, finite, leaves
 from ..failure import Diverged
 from ..trace import Trace
 from .averages import Averages
@@ -36,7 +36,7 @@ from .leases import Lease, leases_in, remedy
 from .link import Frame, Link, LinkLost, dial, listen, machine
 from .links import Links
 from .place import Place
-from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind, finite
+from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind
 from .shared_state import Shared, greeted
 from .team import Team
 from .worker import Driver, NumberTaken, Parse, Terms, TurnedAway

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ..core.method import GradientServer, Message, ServerMethod
-from ..core.protocol import Server
-from ..core.tree import apart, leaves, rebuild
-from ..engines.kernel import ALIGNED, BLOCKS, Visits
+from ..core.server import Handler, NotFinite, ParameterServer
+from ..core.tree import finite, leaves, rebuild
+from ..engines.kernel import ALIGNED, Visits
 from .host import Diverging, Host, Refused, Session
 from .leases import leases_in
 from .link import Frame, Link, LinkLost
-from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind, finite, tame
+from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind
 from .way import offered
 
 LARGE = 500_000
@@ -64,7 +64,7 @@ class RunServer(Host):
     """The server of a run with a `ServerMethod`."""
 
     kind = ServerMethod
-    server: Server | None = None
+    server: ParameterServer | None = None
     visits: Visits
     into: Sequence[Tensor] = ()
     """Where the vectors of the reply to what is served may be written."""
@@ -79,21 +79,20 @@ class RunServer(Host):
 
     def _begin(self, x: Tensor) -> None:
         assert isinstance(self.method, ServerMethod)
-        self._serve_with(Server.start(self.method, x), x)
+        self.server = ParameterServer.start(self.method, x, self._handler)
 
-    def _serve_with(self, server: Server, x: Tensor) -> None:
-        """Serve from now on, models like ``x`` [d]."""
-        self.visits = Visits(server.method, x)
+    def _handler(self, method: ServerMethod) -> Handler:
+        """What serves messages from now on: see `ParameterServer.handler`."""
+        self.visits = visits = Visits(method, torch.empty(self.parameters, dtype=self.dtype))
         part, of = self.terms.shard
-        if self.visits.sums and of > 1:
+        if visits.sums and of > 1:
             raise Refused(
-                f"{server.method!r} needs sums over the whole model, and this server has part {part} of {of}: run one "
+                f"{method!r} needs sums over the whole model, and this server has part {part} of {of}: run one "
                 "server, with workers of one rank"
             )
-        server.handle = self._handle
-        self.server = server
         if self.parameters >= LARGE:
             self.spawn("the search for the fastest way of a visit", self._warm)
+        return lambda s, own, msg: visits.transaction(s, own, msg, self.into)
 
     def _meet(self, link: Link, note: dict[str, Any], head: Header) -> tuple[Visitor, dict[str, Any]]:
         assert isinstance(self.method, ServerMethod)
@@ -196,19 +195,6 @@ class RunServer(Host):
                 f"{DTYPES[header.dtype]}; due are {length or 'some'} from step {due} on, of {self.dtype}"
             )
 
-    def _handle(self, s: Any, own: Any, msg: Message) -> tuple[Any, Any, Message]:
-        """The method's handler as a transaction: what is not finite never takes the place of what is."""
-        if self.visits.raced:
-            *new, squares = self.visits(s, own, msg, self.into)
-            sound = float(squares) < math.inf
-        else:
-            new = [*self.visits.exact(s, own, msg)]
-            sound = tame(msg) and finite(new[2])
-        if not sound and not finite((msg, new)):
-            raise FloatingPointError
-        s, own = apart(new[:2], msg)
-        return s, own, new[2]
-
     def _warm(self) -> None:
         """Find the fastest way to serve a large model, while training goes on."""
         try:
@@ -225,17 +211,19 @@ class RunServer(Host):
         assert server is not None
         if self.sessions.get(worker) is not session:
             raise Corrupt(f"a late message of a life of worker {worker} that is over: refused")
-        self._set_rate(note.get("lr"), worker)
+        try:
+            server.tell(note.get("lr"))
+        except ValueError as error:
+            raise Corrupt(f"worker {worker} brings a gradient with {error}") from None
         brought = leases_in(note.get("used"))
         lag = server.lag(worker)
         gap, extra = self._measure(session, message)
         self.into = self._places(session) if self.visits.raced else ()
         try:
             replies = server.visit(worker, message)
-        except FloatingPointError:
-            what = "the model would not be finite any more" if finite(message) else "the message is not finite"
+        except NotFinite as wrong:
             self._failed(session, brought)
-            raise Diverging(self._diverged(session, header.step, what, brought)) from None
+            raise Diverging(self._diverged(session, header.step, str(wrong), brought)) from None
         for other, reply in replies.items():
             self.sessions[other].outbox.put((server.version, reply))
         session.visits += 1
@@ -243,26 +231,6 @@ class RunServer(Host):
         self._record(
             session, header.step, header.gradients, note, header.length, extra, next(iter(leaves(message)), None)
         )
-
-    def _set_rate(self, rates: Any, worker: int) -> None:
-        """A worker's script has set the rates of the gradients that it brings, by the last of which the server steps; None: it has
-        set none."""
-        server = self.server
-        assert server is not None
-        method = server.method
-        lr = rates[-1] if isinstance(rates, list) and rates else rates
-        if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf):
-            raise Corrupt(
-                f"worker {worker} brings a gradient with the rate {str(lr)[:40]}: must be a number, at least 0"
-            )
-        try:
-            server.tell(lr)
-        except ValueError as error:
-            raise Corrupt(f"worker {worker} brings a gradient with a rate: {error}") from None
-        if server.method is not method:
-            self.visits = Visits(server.method, server.x())
-            if self.parameters >= LARGE:
-                self.spawn("the search for the fastest way of a visit", self._warm)
 
     def _places(self, session: Visitor) -> Sequence[Tensor]:
         """Where a kernel may write the vectors of the worker's next reply; none where they would have to be brought to it."""
@@ -280,12 +248,8 @@ class RunServer(Host):
         assert server is not None
         if not self._measures(session):
             return math.nan, {}
-        figures = server.method.measure(server.state, server.own[session.worker], message)
-        gap = math.nan
-        if session.point is not None:
-            blocks = zip(*(torch.split(x, BLOCKS[1]) for x in (server.x(), session.point)), strict=True)
-            gap = math.fsum(float((a - b).double().square().sum()) for a, b in blocks) ** 0.5 / self.parameters**0.5
-        return gap, {name: float(value) for name, value in figures.items()}
+        gap = math.nan if session.point is None else server.gap(session.point)
+        return gap, server.figures(session.worker, message)
 
     def _await(self, session: Visitor) -> tuple[int, Message] | None:
         """The reply for a worker and its version; it may have to wait for others. None where the worker is gone by then."""
@@ -337,8 +301,7 @@ class RunServer(Host):
 
     def _restore(self, method: ServerMethod, content: dict[str, Any]) -> list[int]:
         like = method.init_server(torch.zeros(3, dtype=self.dtype))  # its structure
-        server = Server(method, rebuild(like, content["state"]), content["version"])
-        self._serve_with(server, torch.zeros(self.parameters, dtype=self.dtype))
+        self.server = ParameterServer(method, rebuild(like, content["state"]), content["version"], self._handler)
         return list(content["there"])
 
 

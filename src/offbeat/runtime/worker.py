@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..core.method import GradientServer, Message, Method, ServerMethod
 from ..core.problem import Problem
-from ..core.protocol import Ask, Begin, Gradient, Loop, Node, Server, loop
-from ..core.tree import leaves, rebuild
+from ..core.protocol import Ask, Begin, Gradient, Loop, Node, loop
+from ..core.server import NotFinite, ParameterServer
+from ..core.tree import finite, leaves, rebuild
 from ..engines.faults import Fault
 from ..engines.speed import Speed
 from ..failure import Diverged
@@ -32,7 +33,7 @@ from .leases import TASK, Key, Lease, Leases, Opening, leases_in, remedy
 from .link import Frame, Link, LinkLost, dial, machine
 from .meter import Meter
 from .place import Place
-from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind, finite
+from .protocol.wire import DTYPES, Corrupt, Form, Header, Kind
 from .server import forms
 from .shared_state import Shared, greeted
 from .way import taken
@@ -99,7 +100,7 @@ class Alone(Exchange):
     """A server inside the only worker: what a script does when nobody has launched it."""
 
     def __init__(self, method: ServerMethod, x0: Tensor) -> None:
-        self.server, self.method, self.leases = Server.start(method, x0), method, Leases()
+        self.server, self.method, self.leases = ParameterServer.start(method, x0), method, Leases()
         self.answer: Message = ()
         self.given: list[Lease] = []
 
@@ -110,20 +111,17 @@ class Alone(Exchange):
         return Terms(0, self.method, 0, 1, self.server.version, self.server.join(0))
 
     def start(self, x: Tensor) -> Message:
-        self.server = Server.start(self.method, x)
+        self.server = ParameterServer.start(self.method, x)
         return self.server.join(0)
 
     def push(self, msg: Message, gradients: int, note: dict[str, Any]) -> None:
         version, used = self.server.version, leases_in(note["used"])
-        if not finite(msg):
+        self.server.tell(note.get("lr"))
+        try:
+            self.answer = self.server.visit(0, msg)[0]
+        except NotFinite as wrong:
             self.leases.fail(0, used)
-            raise Spoilt(f"visit {version}: the gradient is not finite; {remedy(used)}", version)
-        if "lr" in note:
-            self.server.tell(note["lr"][-1])
-        self.answer = self.server.visit(0, msg)[0]
-        if not finite(self.answer):
-            what = f"visit {version}: the gradient is finite and would make the model not so; {remedy(used)}"
-            raise Diverged(what, Trace(), 0, version)
+            raise Spoilt(f"visit {version}: {wrong}; {remedy(used)}", version) from None
         self.leases.use(0, used)
         self.leases.fail(0, leases_in(note["failed"]))
         self.given = leases_in(self.leases.hear(0, note)["leases"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -186,25 +185,3 @@ def checksum(data: Tensor) -> int:
     Against accidents on the way, such as cut, mixed or flipped bytes; a forger could meet it.
     """
     return int(data.view(torch.int64).sum()) & WORD
-
-
-def finite(message: Message) -> bool:
-    """Whether all numbers of a message or state are finite."""
-    return all(_squares(t) < math.inf or bool(torch.isfinite(t).all()) for t in _numbers(message))
-
-
-def tame(message: Message) -> bool:
-    """Whether all numbers are finite and so far from overflow that a state's sums and squares of them are finite too."""
-    return all(_squares(t) < 1e30 for t in _numbers(message))
-
-
-def _numbers(message: Message) -> list[Tensor]:
-    return [t for t in leaves(message) if t.is_floating_point() and t.numel()]
-
-
-def _squares(t: Tensor) -> float:
-    """Their sum, which is fast: nan or inf where a number is, and maybe where a number is large."""
-    if not t.dim():
-        number = float(t)
-        return number * number  # as a power it would raise where it overflows
-    return float(torch.dot(t, t) if t.dim() == 1 else t.double().square().sum())
