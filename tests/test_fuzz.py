@@ -22,6 +22,7 @@ from crew import TOKEN, Serving, hire, until
 from torch import Tensor
 
 import offbeat as ob
+from offbeat.core.tree import finite, tame
 from offbeat.runtime.host import Terms
 from offbeat.runtime.link import GREETING, Link, LinkLost, SharedLink, dial, machine
 from offbeat.runtime.protocol.wire import (
@@ -34,8 +35,6 @@ from offbeat.runtime.protocol.wire import (
     Header,
     Kind,
     checksum,
-    finite,
-    tame,
 )
 
 PROBLEM = ob.tasks.Quadratic(d=64, noise=0.3)
