@@ -119,9 +119,10 @@ class Alone(Exchange):
         self.server.tell(note.get("lr"))
         try:
             self.answer = self.server.visit(0, msg)[0]
-        except NotFinite as wrong:
+        except NotFinite:
             self.leases.fail(0, used)
-            raise Spoilt(f"visit {version}: {wrong}; {remedy(used)}", version) from None
+            what = "is finite and would make the model not so" if finite(msg) else "is not finite"
+            raise Spoilt(f"visit {version}: the gradient {what}; {remedy(used)}", version) from None
         self.leases.use(0, used)
         self.leases.fail(0, leases_in(note["failed"]))
         self.given = leases_in(self.leases.hear(0, note)["leases"])
