@@ -28,9 +28,9 @@ from offbeat.log import WORKER
 from offbeat.names import read
 from offbeat.runtime.gloo import GlooLink
 from offbeat.runtime.host import Terms
-from offbeat.runtime.link import SharedLink
 from offbeat.runtime.place import Place
 from offbeat.runtime.server import LARGE, RunServer
+from offbeat.runtime.shared_memory import SharedLink
 from offbeat.runtime.worker import Remote, Worker
 
 from .measure import Row

@@ -24,7 +24,7 @@ from torch import Tensor
 import offbeat as ob
 from offbeat.core.tree import finite, tame
 from offbeat.runtime.host import Terms
-from offbeat.runtime.link import GREETING, Link, LinkLost, SharedLink, dial, machine
+from offbeat.runtime.link import GREETING, Link, LinkLost, dial, machine
 from offbeat.runtime.protocol.wire import (
     MAGIC,
     NOTE,
@@ -36,6 +36,7 @@ from offbeat.runtime.protocol.wire import (
     Kind,
     checksum,
 )
+from offbeat.runtime.shared_memory import SharedLink
 
 PROBLEM = ob.tasks.Quadratic(d=64, noise=0.3)
 METHOD = ob.methods.DanaZero(lr=0.01)

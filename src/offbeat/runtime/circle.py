@@ -12,8 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .link import Link, SharedLink, look_out
+from .link import Link, look_out
 from .protocol.wire import Corrupt, Header, Kind
+from .shared_memory import SharedLink
 
 SMALL = 1 << 16
 """Bytes up to which each member adds up whole vectors; above, each adds up a part of them for all."""

@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,8 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..engines.kernel import ALIGNED
-from .protocol.wire import CURE, NOTE, SIZE, WORD, Corrupt, Header, Kind, checksum, whole
+from .protocol.wire import CURE, NOTE, SIZE, Corrupt, Header, Kind, checksum
 
 GREETING = f"{formats.PROTOCOL:<23}\n".encode()
 """What each end says first, of the same length in every version, so that two versions can tell each other."""
@@ -133,7 +131,7 @@ class Link:
         if not lent:
             return torch.empty(length, dtype=torch.uint8)
         if len(self.box) < length:
-            self.box = torch.empty(length, dtype=torch.uint8, pin_memory=_on_gpu())
+            self.box = torch.empty(length, dtype=torch.uint8, pin_memory=on_gpu())
         return self.box[:length]
 
     def hang_up(self) -> None:
@@ -304,144 +302,8 @@ class Link:
             return came
 
 
-class _Slot:
-    """Shared memory for one payload at a time."""
-
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory
-        self.parts: dict[int, tuple[Tensor, memoryview]] = {}  # by their lengths, which are few
-
-    def part(self, length: int) -> Tensor:
-        """Its first ``length`` bytes."""
-        return self._part(length)[0]
-
-    def seal(self, length: int) -> int:
-        """The sum of some of their words, a page or more apart, the last one among them: nothing is carried that could be
-        damaged, but what lies there might be another message."""
-        return sum(self._part(length)[1]) & WORD
-
-    def _part(self, length: int) -> tuple[Tensor, memoryview]:
-        """The bytes, and the words that seal them."""
-        if length not in self.parts:
-            words = view(self.memory[: whole(length)]).cast("Q")
-            apart = max(512, len(words) // 1024)
-            self.parts[length] = self.memory[:length], words[(len(words) - 1) % apart :: apart]
-        return self.parts[length]
-
-
-class SharedLink(Link):
-    """Payloads go through memory that both processes of one machine map; the socket only says that they are there.
-
-    On Linux the memory has no name but its owner's in /proc, so that a kill at any moment leaves nothing behind. Elsewhere
-    it is a file, which the other end removes as soon as it has it open.
-    """
-
-    transport = "shared"
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        name: str,
-        timeout: float,
-        sizes: tuple[int, int],
-        path: str = "",
-        places: int = 1,
-    ) -> None:
-        """``sizes`` are the bytes that this end puts and takes at most; ``path`` the memory, where the other end made it;
-        ``places`` how many payloads each way have room at once."""
-        super().__init__(sock, name, timeout)
-        mine, theirs = (-(-size // ALIGNED) * ALIGNED * places for size in sizes)
-        total = mine + theirs
-        self.fd, self.path = (-1, path) if path else _memory(max(1, total))
-        try:
-            memory = torch.from_file(self.path, shared=True, size=max(1, total), dtype=torch.uint8)
-        except RuntimeError as error:
-            raise LinkLost(
-                f"the memory that {name} offers cannot be mapped ({str(error).splitlines()[0]}); if this comes again, start "
-                "the server with the transport gloo or tcp"
-            ) from None
-        self.pinned = _pin(memory)
-        if path:
-            into, out = memory[:theirs], memory[theirs:total]
-            self._forget()
-        else:
-            out, into = memory[:mine], memory[mine:total]
-        self.put_at, self.take_at = (cycle(map(_Slot, part.chunk(places))) for part in (out, into))
-        self.next = next(self.put_at)
-
-    def offer(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def room(self, length: int) -> Tensor:
-        return self.next.part(length)
-
-    def lay(self, data: Tensor) -> int:
-        here, self.next = self.next, next(self.put_at)
-        part = here.part(len(data))
-        if data.data_ptr() != part.data_ptr():
-            part.copy_(data)
-        return here.seal(len(data))
-
-    def put(self, data: Tensor) -> None:
-        pass  # it is there
-
-    def take(self, length: int, lent: bool = False) -> tuple[Tensor, int]:
-        here = next(self.take_at)
-        part = here.part(length)
-        return part if lent else part.clone(), here.seal(length)
-
-    def close(self) -> None:
-        super().close()
-        if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.pinned)  # type: ignore[no-untyped-call]
-            self.pinned = 0
-        self._forget()
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def _forget(self) -> None:
-        if not self.path.startswith("/proc/"):
-            Path(self.path).unlink(missing_ok=True)
-
-
-def _memory(size: int) -> tuple[int, str]:
-    """New memory of ``size`` bytes to share: its file descriptor, and a path under which others can map it."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("offbeat")
-        path = f"/proc/{os.getpid()}/fd/{fd}"
-    else:
-        fd, path = tempfile.mkstemp(prefix="offbeat-")
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, size)  # now, for later a full memory is a bus error
-        else:
-            os.truncate(fd, size)
-    except OSError as error:
-        os.close(fd)
-        if not path.startswith("/proc/"):
-            os.unlink(path)
-        raise OSError(
-            f"there is no room for {size:,} bytes of shared memory ({error.strerror}); take the transport gloo or tcp"
-        ) from None
-    return fd, path
-
-
-def _pin(memory: Tensor) -> int:
-    """Let a GPU read and write ``memory`` without a copy in between, where this process uses one: its address, 0 if it does not.
-
-    Memory that cannot be pinned is used as it is.
-    """
-    if not _on_gpu():
-        return 0
-    if not int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):  # type: ignore[no-untyped-call]
-        return memory.data_ptr()
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda")  # the next launch would tell of that error, and so this one does
-    return 0
-
-
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
+    """Whether this process uses a GPU."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .host import Refused
-from .link import Link, SharedLink, machine
+from .link import Link, machine
+from .protocol.wire import Corrupt
+from .shared_memory import SharedLink
 
 
 def offered(link: Link, other: Any, transport: str, sizes: tuple[int, int]) -> tuple[Link, dict[str, Any]]:
@@ -35,8 +37,11 @@ def offered(link: Link, other: Any, transport: str, sizes: tuple[int, int]) -> t
 def taken(link: Link, note: dict[str, Any]) -> Link:
     """At the dialling end: the link with the way that the other end has offered."""
     if note["transport"] == "shared":
-        theirs, mine = note["sizes"]
-        link = _follows(SharedLink(link.sock, link.name, link.timeout, (mine, theirs), note["path"]), link)
+        sizes, path = note.get("sizes"), note.get("path")
+        if not (isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and size >= 0 for size in sizes)):
+            raise Corrupt(f"{link.name} offers shared memory of {str(sizes)[:100]} bytes: two whole numbers are due")
+        theirs, mine = sizes
+        link = _follows(SharedLink(link.sock, link.name, link.timeout, (mine, theirs), str(path)), link)
     elif note["transport"] == "gloo":
         from .gloo import GlooLink
 
