@@ -172,7 +172,7 @@ def test_a_peer_tells_of_many_visits(runs: Callable[..., Run]) -> None:  # noqa:
 
     def busy(driver: Any) -> None:
         for k in range(42_000):
-            driver._did("met", k, "by a peer whose name and message have as many bytes")
+            driver.incarnation.did("met", k, "by a peer whose name and message have as many bytes")
         train(driver, QUADRATIC)
 
     run.start(0, busy)
